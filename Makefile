@@ -1,0 +1,51 @@
+# Two commands matter: `make demo` and `make test`. Each sets up what it needs on a machine with Python 3.11 and apt.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RECORD := ids,weights,entropy,margin,profiles
+
+.PHONY: demo demo-full test test-all lint format bench setup browser clean
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $(READY)
+
+# Static figures (SVG, PNG, PDF) and the tests that look at pages need a browser.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
+
+demo: setup
+	$(BIN)/workbench trace demo --corpus demo --record $(RECORD) --long split --out demo.duckdb --overwrite
+	$(BIN)/workbench report demo.duckdb --out demo-report.html --overwrite
+
+demo-full: setup
+	$(BIN)/workbench trace demo --corpus all --record $(RECORD) --long split --out demo-full.duckdb --overwrite
+	$(BIN)/workbench report demo-full.duckdb --out demo-full-report.html --overwrite
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: setup browser lint
+	$(BIN)/pytest -m "not slow"
+
+test-all: setup browser lint
+	$(BIN)/pytest
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/workbench bench trace
+	$(BIN)/workbench bench store
+
+clean:
+	rm -rf $(VENV) demo.duckdb demo-report.html demo-full.duckdb demo-full-report.html

@@ -1,0 +1,295 @@
+"""The `workbench` command: each command parses, calls one function of the library, and prints.
+
+Nothing heavy is imported before a command runs, so that `workbench --help` answers at once.
+"""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from workbench.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+app = typer.Typer(
+    name="workbench",
+    help="Record, query and explain the routing of mixture-of-experts language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+class LongTexts(StrEnum):
+    refuse = "refuse"
+    split = "split"
+    cut = "cut"
+
+
+class BadRows(StrEnum):
+    refuse = "refuse"
+    skip = "skip"
+
+
+class Benchmark(StrEnum):
+    trace = "trace"
+    store = "store"
+
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A trace: the DuckDB file that `workbench trace` wrote.")]
+Run = Annotated[str | None, typer.Option(help="Which run of the file; by default the last one that finished.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings along.")]
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A Hub id, a folder, `demo` or `demo-early`.")] = "demo",
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(help="Bundled name, file, folder or Hugging Face data set; may be given several times. [default: demo]"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The DuckDB file to write.")] = Path("trace.duckdb"),
+    record: Annotated[
+        str, typer.Option(help="Comma-separated: ids, weights, entropy, margin, logits, norms, profiles.")
+    ] = "ids,weights",
+    run: Annotated[str | None, typer.Option(help="Name of the run inside the file. [default: model and corpora]")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after the text that reaches this many tokens.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest sequence. [default: what the model allows]")] = None,
+    long: Annotated[LongTexts, typer.Option(help="What to do with a text longer than that.")] = LongTexts.refuse,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in one forward pass, at most.")] = 4096,
+    generate: Annotated[int, typer.Option(help="Tokens to generate after each text (greedy).")] = 0,
+    column: Annotated[
+        list[str] | None, typer.Option(help="Map a column, as in `text=content`; may be given several times.")
+    ] = None,
+    bad_rows: Annotated[BadRows, typer.Option(help="Rows without usable text: refuse the corpus or skip them.")] = (
+        BadRows.refuse
+    ),
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add a run to an existing file.")] = False,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Record which experts every token of a corpus uses."""
+    if resume + append + overwrite > 1:
+        raise InputError("--resume, --append and --overwrite exclude each other: give one of them")
+    mode = "resume" if resume else "append" if append else "overwrite" if overwrite else "new"
+    from workbench.store import check_target
+
+    check_target(out, mode)  # before the model loads
+    from workbench import corpus as corpora
+    from workbench.capture import trace as capture
+    from workbench.models import load
+
+    columns = dict(_pair(option, "--column", "text=content") for option in column or [])
+    skipped: list[str] = []
+    sources = [
+        corpora.read(name, columns=columns or None, bad_rows=bad_rows.value, skipped=skipped) for name in corpus or ["demo"]
+    ]
+    loaded = load(model, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        result = capture(
+            loaded,
+            sources,
+            out,
+            record=record.split(","),
+            run=run,
+            mode=mode,
+            max_tokens=max_tokens,
+            max_length=max_length,
+            long_texts=long.value,
+            batch_tokens=batch_tokens,
+            generate=generate,
+        )
+    except KeyboardInterrupt:
+        print(f"interrupted: what {out} holds is whole; the same command with --resume finishes it", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(f"{out}: {result.n_tokens:,} tokens of {result.n_sequences:,} texts at {result.n_layers} routers")
+    print(f"next:  workbench report {out} --out {out.stem}-report.html")
+    print(f"       workbench analyze specialization {out} --by lang")
+
+
+@app.command()
+def info(file: File, as_json: Json = False) -> None:
+    """What a trace holds: runs, layers, texts, sizes."""
+    from workbench.tracefile import info as describe
+
+    facts = describe(file)
+    print(json.dumps(facts, indent=2, default=str) if as_json else _listing(facts))
+
+
+@app.command()
+def validate(file: File, run: Run = None, as_json: Json = False) -> None:
+    """Check every invariant of a trace and name the rows that break one (exit code 1 if any does)."""
+    from workbench.validate import validate as check
+
+    problems = check(file, run)
+    if as_json:
+        print(problems.to_json(orient="records", indent=2))
+    elif problems.empty:
+        print(f"{file}: no problems")
+    else:
+        _print_table(problems)
+    if (problems["severity"] == "error").any():
+        raise typer.Exit(1)
+
+
+@app.command()
+def models(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Describe this checkpoint.")] = None,
+    as_json: Json = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """The model families that can be traced, with their caveats; or what one checkpoint is made of."""
+    if model is None:
+        from workbench.families import families
+
+        _show(families(), as_json)
+        return
+    from workbench.models import describe
+
+    facts = describe(model, revision=revision, trust_remote_code=trust_remote_code)
+    print(json.dumps(facts, indent=2, default=str) if as_json else _listing(facts))
+
+
+@app.command()
+def analyze(
+    metric: Annotated[str, typer.Argument(help="load, mutual_information, specialization, alignment, …")],
+    file: File,
+    by: Annotated[str | None, typer.Option(help="Group by this column: lang, domain, source, … or any metadata.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="A further argument of the analysis, as in `reference=de`.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the table: .csv, .parquet or .tex.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write the figure: .html, .svg, .png or .pdf.")] = None,
+    run: Run = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Ask one question of a trace: a table, a figure, or both."""
+    from workbench import analysis
+    from workbench.export import save_table
+    from workbench.figures import save
+    from workbench.tracefile import Trace
+
+    ask, draw = analysis.find(metric)
+    arguments = dict(_pair(pair, "--set", "reference=de") for pair in option or [])
+    if by is not None:
+        arguments["by"] = by
+    table = ask(Trace(file, run), **analysis.arguments(ask, arguments))
+    if out is not None:
+        save_table(table, out, overwrite=overwrite)
+    if figure is not None:
+        save(draw(table), figure, overwrite=overwrite)
+    if as_json or (out is None and figure is None):
+        _show(table, as_json)
+
+
+@app.command()
+def report(
+    file: File,
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    run: Run = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """One self-contained HTML file that opens offline: summary, figures, and how each number is defined."""
+    from workbench.report import report as write
+    from workbench.tracefile import Trace
+
+    write(Trace(file, run), out, overwrite=overwrite)
+    print(f"{out}: open it in a browser")
+
+
+@app.command()
+def export(
+    file: File,
+    table: Annotated[str, typer.Option(help="A table of the file, or the view `selections`: one row a selected expert.")],
+    out: Annotated[Path, typer.Option(help="The .csv or .parquet file to write.")],
+    run: Run = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write one table of a trace as CSV or Parquet."""
+    from workbench.export import export as write
+
+    rows = write(file, table, out, run=run, overwrite=overwrite)
+    print(f"{out}: {rows:,} rows")
+
+
+@app.command()
+def query(
+    file: File,
+    sql: Annotated[str, typer.Argument(metavar="SQL", help='Such as "select lang, sum(n_tokens) from sequences group by 1".')],
+    as_json: Json = False,
+) -> None:
+    """Run SQL over a trace, read-only."""
+    from workbench.tracefile import Trace
+
+    _show(Trace(file).sql(sql), as_json)
+
+
+@app.command()
+def bench(
+    what: Annotated[Benchmark, typer.Argument(help="What to measure.")],
+    out: Annotated[Path | None, typer.Option(help="Also write the result as JSON.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: does it run, not how fast.")] = False,
+) -> None:
+    """Measure speed as ratios in one run, each behind a check that the results are equal."""
+    from importlib import import_module
+
+    result = import_module(f"workbench.bench.{what.value}").run(quick=quick)
+    line = json.dumps(result)
+    if out is not None:
+        out.write_text(line + "\n")
+    print(line)
+
+
+def _pair(text: str, option: str, example: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise InputError(f"{option} {text!r}: expected NAME=VALUE, as in `{option} {example}`")
+    return name, value
+
+
+def _show(table: "pd.DataFrame", as_json: bool) -> None:
+    if as_json:
+        print(table.to_json(orient="records", indent=2, force_ascii=False))
+    else:
+        _print_table(table)
+
+
+def _print_table(table: "pd.DataFrame", rows: int = 60) -> None:
+    """The first rows, unwrapped; control characters from a corpus can't reach the terminal."""
+    shown = table.head(rows).map(lambda cell: "".join(_printable(c) for c in cell) if isinstance(cell, str) else cell)
+    print(shown.to_string(index=False, float_format=lambda number: f"{number:.4g}"))
+    if len(table) > rows:
+        print(f"… {len(table) - rows:,} more rows: write them with --out, or print all with --json")
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]
+
+
+def _listing(facts: dict, indent: str = "") -> str:
+    """Nested facts as indented lines."""
+    lines = []
+    for name, value in facts.items():
+        title = name.replace("_", " ")
+        if isinstance(value, dict):
+            lines += [f"{indent}{title}", _listing(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines.append(f"{indent}{title}")
+            lines += [_listing(one, indent + "  ") + "\n" for one in value]
+        else:
+            text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+            lines.append(f"{indent}{title:<20} {''.join(_printable(c) for c in text)}")
+    return "\n".join(lines)

@@ -1,0 +1,12 @@
+"""The two ways a command can fail: the input was wrong (exit code 2) or the run was (exit code 1).
+
+Every message says the value, what was expected, and what to do.
+"""
+
+
+class InputError(ValueError):
+    """What the user asked for can't be done as asked; nothing was changed."""
+
+
+class RunError(RuntimeError):
+    """A run that began correctly could not finish; what it had committed is kept."""
