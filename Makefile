@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RECORD := ids,weights,entropy,margin,profiles
 
-.PHONY: demo demo-full test test-all lint format bench setup browser clean
+.PHONY: demo demo-full test test-all lint format bench setup browser lock clean
 
 setup: $(READY)
 
@@ -18,7 +19,7 @@ $(READY): requirements.lock pyproject.toml
 # Static figures (SVG, PNG, PDF) and the tests that look at pages need a browser.
 browser:
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
+	  { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
 
 demo: setup
 	$(BIN)/workbench trace demo --corpus demo --record $(RECORD) --long split --out demo.duckdb --overwrite
@@ -49,3 +50,12 @@ bench: setup
 
 clean:
 	rm -rf $(VENV) demo.duckdb demo-report.html demo-full.duckdb demo-full-report.html
+
+# Rewrites the lock from the newest versions that pyproject.toml allows; torch and triton stay where they are.
+lock:
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install --quiet torch==2.13.0 triton==3.7.1 --editable .[dev]
+	{ sed -n '/^#/p' requirements.lock; .venv-lock/bin/python -m pip freeze --exclude-editable | \
+	  sed -E 's/\+cpu$$//; s/^triton==(.*)$$/triton==\1; sys_platform == "linux"/'; } > requirements.new
+	mv requirements.new requirements.lock
+	rm -r .venv-lock

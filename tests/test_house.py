@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RANK = {"workbench_kernels": 0, "workbench": 1, "workbench_probes": 2}
 HOME = {"kernels": 0, "workbench": 1, "probes": 2, "app": 3, "notebooks": 3}
 TORCH_FREE = ["workbench", "workbench.cli", "workbench.tracefile", "workbench.store", "workbench.validate"]
-TORCH_FREE += ["workbench.export", "workbench.corpus", "workbench.tokenization", "workbench.analysis", "workbench.report"]
+TORCH_FREE += [
+    "workbench.export",
+    "workbench.corpus",
+    "workbench.tokenization",
+    "workbench.analysis",
+    "workbench.report",
+]
 
 
 def imported(file: Path) -> set[str]:
@@ -31,12 +37,18 @@ def test_imports_point_one_way():
     for folder, rank in HOME.items():
         for file in (ROOT / folder).rglob("*.py"):
             allowed = 2 if file == ROOT / "workbench" / "cli.py" else rank
-            wrong += [f"{file.relative_to(ROOT)} imports {name}" for name in imported(file) if RANK.get(name, 0) > allowed]
+            wrong += [
+                f"{file.relative_to(ROOT)} imports {name}" for name in imported(file) if RANK.get(name, 0) > allowed
+            ]
     assert not wrong
 
 
 def test_folders_beside_the_library_are_not_packages():
-    clash = [name for name in ("kernels", "probes", "app", "data", "notebooks", "tests") if (ROOT / name / "__init__.py").exists()]
+    clash = [
+        name
+        for name in ("kernels", "probes", "app", "data", "notebooks", "tests")
+        if (ROOT / name / "__init__.py").exists()
+    ]
     assert not clash
 
 

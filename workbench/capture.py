@@ -5,7 +5,8 @@ sequences alone and a batch is committed whole, so a resumed run repeats exactly
 """
 
 import platform
-from collections.abc import Iterable, Iterator, Sequence as Several
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Several
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,12 +20,10 @@ from workbench.errors import InputError, RunError
 from workbench.models import Model, load
 from workbench.recorder import Observation, Recorder
 from workbench.routing import NO_EXPERT, Routing
-from workbench.store import PHASES, Block, Writer
-from workbench.tokenization import Sequence, batches, sequences, survey
+from workbench.schema import PHASES, RECORDABLE
+from workbench.store import Block, Writer
+from workbench.tokenization import LongTexts, Sequence, batches, sequences, survey
 from workbench.tracefile import Trace
-
-RECORDABLE = ("ids", "weights", "entropy", "margin", "logits", "norms", "profiles")
-"""What `record` may name. ids are always recorded; profiles are each sequence's mean router probabilities."""
 
 
 def trace(
@@ -37,7 +36,7 @@ def trace(
     mode: str = "new",
     max_tokens: int | None = None,
     max_length: int | None = None,
-    long_texts: str = "refuse",
+    long_texts: LongTexts = "refuse",
     batch_tokens: int = 4096,
     generate: int = 0,
     progress: bool = True,
@@ -46,7 +45,8 @@ def trace(
 
     model         what `workbench.load` returns, or a name for it
     corpus        bundled names, paths or `workbench.corpus.read(…)` results; several are traced one after the other
-    record        any of RECORDABLE
+    record        any of `workbench.schema.RECORDABLE`; ids are always recorded, and profiles are each sequence's mean
+                  router probabilities
     run           name of the run inside the file; by default the model's and the corpora's
     mode          "new" (refuse an existing file), "overwrite", "append" (one more run) or "resume" (finish a run)
     max_tokens    stop after the sequence that reaches this many tokens
@@ -65,7 +65,9 @@ def trace(
     limit = _max_length(model, max_length, generate)
 
     def texts() -> Iterator[Sequence]:
-        found = sequences(sources, model.tokenizer, max_length=limit, long_texts=long_texts)
+        found = sequences(
+            sources, model.tokenizer, max_length=limit, long_texts=long_texts, generation_prompt=generate > 0
+        )
         return found if max_tokens is None else _until(found, max_tokens)
 
     plan = survey(tqdm(texts(), desc="reading", unit=" texts", disable=None if progress else True, leave=False))
@@ -116,7 +118,9 @@ def trace(
             named: set[int] = set()
             for batch in batches(texts(), batch_tokens):
                 if not done.issuperset(sequence.seq for sequence in batch):
-                    block = _generated(model, recorder, batch, generate) if generate else _forward(model, recorder, batch)
+                    block = (
+                        _generated(model, recorder, batch, generate) if generate else _forward(model, recorder, batch)
+                    )
                     new = set(np.unique(block.tokens["token_id"]).tolist()) - named
                     writer.add_vocabulary(_texts_of(model.tokenizer, sorted(new)))
                     writer.append(block)
@@ -194,7 +198,7 @@ def _texts_of(tokenizer, token_ids: list[int]) -> dict[int, str]:
 
     A byte of a longer character decodes to U+FFFD; its vocabulary entry (`Ã`, `<0xE2>`) tells more, so that is kept.
     """
-    decoded = tokenizer.batch_decode([[token_id] for token_id in token_ids], clean_up_tokenization_spaces=False)
+    decoded = [tokenizer.decode([token_id], clean_up_tokenization_spaces=False) for token_id in token_ids]
     entries = tokenizer.convert_ids_to_tokens(token_ids)
     return {
         token_id: (entry or "") if "\ufffd" in text else text
@@ -225,20 +229,27 @@ def _forward(model: Model, recorder: Recorder, batch: list[Sequence]) -> Block:
     An encoder–decoder model reads the text in the encoder and again, teacher-forced, in the decoder, so that a
     position means the same token in both stacks.
     """
-    ids, mask = _padded(batch, _pad_id(model), "right", model.module.device)
-    decoder = {"decoder_input_ids": ids, "decoder_attention_mask": mask} if model.module.config.is_encoder_decoder else {}
+    ids, mask = _padded(batch, _pad_id(model), "right", model.device)
+    decoder = (
+        {"decoder_input_ids": ids, "decoder_attention_mask": mask} if model.module.config.is_encoder_decoder else {}
+    )
     logits = getattr(model.module(input_ids=ids, attention_mask=mask, use_cache=False, **decoder), "logits", None)
     (observed,) = recorder.take()
     kept = mask.bool()
     nll = np.full(int(kept.sum()), np.nan, dtype=np.float32)
-    if logits is not None and logits.shape[:2] == ids.shape and model.predicts_next:
+    if logits is not None and logits.shape[:2] == ids.shape and _predicts_next(model):
         nll = _next_token_nll(logits, ids)[kept].cpu().numpy()
     phase = np.concatenate([sequence.phase for sequence in batch])
     return _block(batch, observed, kept, ids, phase, nll, generated=[0] * len(batch))
 
 
+def _predicts_next(model: Model) -> bool:
+    """Whether the logits at a position are about the next token: not in classifiers and diffusion models."""
+    return model.family not in ("diffusion_gemma",) and getattr(model.module, "can_generate", lambda: False)()
+
+
 def _next_token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """float32 (B, S): nats of each token given those before it, NaN for the first. A row at a time bounds the memory."""
+    """float32 (B, S): nats of each token given those before it, NaN for the first. A row at a time saves memory."""
     nll = torch.full(ids.shape, float("nan"), dtype=torch.float32, device=ids.device)
     for row in range(len(ids)):
         nll[row, 1:] = cross_entropy(logits[row, :-1].float(), ids[row, 1:], reduction="none")
@@ -252,7 +263,7 @@ def _generated(model: Model, recorder: Recorder, batch: list[Sequence], n: int) 
     A sequence ends before its end-of-text token, which is fed back only if its batch goes on.
     """
     module, pad = model.module, _pad_id(model)
-    ids, mask = _padded(batch, pad, "left", module.device)
+    ids, mask = _padded(batch, pad, "left", model.device)
     result = module.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -302,7 +313,7 @@ def _block(
     nll: np.ndarray,
     generated: list[int],
 ) -> Block:
-    """Padding removed, in NumPy, with each sequence's metadata. kept is bool (B, S); nll and phase have its n tokens."""
+    """Padding removed, as NumPy, with metadata. kept is bool (B, S); nll and phase are of its n tokens."""
     lengths = kept.sum(1).tolist()
     rows = [
         {

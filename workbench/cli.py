@@ -50,16 +50,22 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 
 @app.command()
 def trace(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A Hub id, a folder, `demo` or `demo-early`.")] = "demo",
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="A Hub id, a folder, `demo` or `demo-early`.")
+    ] = "demo",
     corpus: Annotated[
         list[str] | None,
-        typer.Option(help="Bundled name, file, folder or Hugging Face data set; may be given several times. [default: demo]"),
+        typer.Option(
+            help="Bundled name, file, folder or Hugging Face data set; may be given several times. [default: demo]"
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The DuckDB file to write.")] = Path("trace.duckdb"),
     record: Annotated[
         str, typer.Option(help="Comma-separated: ids, weights, entropy, margin, logits, norms, profiles.")
     ] = "ids,weights",
-    run: Annotated[str | None, typer.Option(help="Name of the run inside the file. [default: model and corpora]")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Name of the run inside the file. [default: model and corpora]")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after the text that reaches this many tokens.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest sequence. [default: what the model allows]")] = None,
     long: Annotated[LongTexts, typer.Option(help="What to do with a text longer than that.")] = LongTexts.refuse,
@@ -91,10 +97,7 @@ def trace(
     from workbench.models import load
 
     columns = dict(_pair(option, "--column", "text=content") for option in column or [])
-    skipped: list[str] = []
-    sources = [
-        corpora.read(name, columns=columns or None, bad_rows=bad_rows.value, skipped=skipped) for name in corpus or ["demo"]
-    ]
+    sources = [corpora.read(name, columns=columns, bad_rows=bad_rows.value) for name in corpus or ["demo"]]
     loaded = load(model, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     try:
         result = capture(
@@ -113,6 +116,9 @@ def trace(
     except KeyboardInterrupt:
         print(f"interrupted: what {out} holds is whole; the same command with --resume finishes it", file=sys.stderr)
         raise typer.Exit(130) from None
+    for source in sources:
+        if source.skipped.count:
+            print(f"{source.name}: {source.skipped.count:,} bad rows skipped; the first: {source.skipped.messages[0]}")
     print(f"{out}: {result.n_tokens:,} tokens of {result.n_sequences:,} texts at {result.n_layers} routers")
     print(f"next:  workbench report {out} --out {out.stem}-report.html")
     print(f"       workbench analyze specialization {out} --by lang")
@@ -166,7 +172,9 @@ def models(
 def analyze(
     metric: Annotated[str, typer.Argument(help="load, mutual_information, specialization, alignment, …")],
     file: File,
-    by: Annotated[str | None, typer.Option(help="Group by this column: lang, domain, source, … or any metadata.")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="Group by this column: lang, domain, source, … or any metadata.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--set", help="A further argument of the analysis, as in `reference=de`.")
     ] = None,
@@ -213,7 +221,9 @@ def report(
 @app.command()
 def export(
     file: File,
-    table: Annotated[str, typer.Option(help="A table of the file, or the view `selections`: one row a selected expert.")],
+    table: Annotated[
+        str, typer.Option(help="A table of the file, or the view `selections`: one row a selected expert.")
+    ],
     out: Annotated[Path, typer.Option(help="The .csv or .parquet file to write.")],
     run: Run = None,
     overwrite: Overwrite = False,
@@ -228,7 +238,9 @@ def export(
 @app.command()
 def query(
     file: File,
-    sql: Annotated[str, typer.Argument(metavar="SQL", help='Such as "select lang, sum(n_tokens) from sequences group by 1".')],
+    sql: Annotated[
+        str, typer.Argument(metavar="SQL", help='Such as "select lang, sum(n_tokens) from sequences group by 1".')
+    ],
     as_json: Json = False,
 ) -> None:
     """Run SQL over a trace, read-only."""

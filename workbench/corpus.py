@@ -33,11 +33,14 @@ SAMPLES = ("demo", "all")
 FIELDS = ("text", "messages", "lang", "domain", "source", "segment_id")
 """What a column can be mapped to. Every other column is kept as metadata."""
 
-DEMO_SEGMENTS = {"libreoffice-help": 50, "home-assistant": 60, "typescript-messages": 60}
-"""Aligned segments of the demo sample, each in all its languages; `udhr` is taken whole."""
+DEMO_BYTES = 1_000
+"""Longest text of an aligned segment of the demo sample, in bytes of UTF-8: no tokenizer of bytes makes more tokens."""
+
+DEMO_SEGMENTS = {"libreoffice-help": 84, "home-assistant": 100, "typescript-messages": 100}
+"""Aligned segments of the demo sample, each in all its languages; of `udhr` all that are short enough."""
 
 DEMO_CHARACTERS = 22_000
-"""Characters of the demo sample from each domain of `domains`: about 7 to 10 thousand tokens."""
+"""Characters of the demo sample from each domain of `domains`: 8 to 10 thousand tokens, where there are as many."""
 
 MESSAGES_KEPT = 100
 
@@ -190,32 +193,41 @@ def _hub(name: str, columns: dict[str, str], split: str, bad_rows: BadRows) -> C
 
 
 def _demo(columns: dict[str, str]) -> Iterator[Row | InputError]:
-    """A balanced sample: every article of `udhr`, some segments of the other aligned corpora, some of each domain.
+    """A balanced sample: segments of the aligned corpora in all their languages, and texts of each domain.
 
-    Segments are whole, in all their languages. Which ones is decided by the hash of their id, so the sample never
-    changes. The sources are interleaved: the beginning of the sample is about as balanced as the whole.
+    Which ones is decided by the hash of their id, so the sample never changes. The sources are interleaved: the
+    beginning of the sample is about as balanced as the whole.
     """
-    placed: list[tuple[float, str, list[Row | InputError]]] = []
+    placed: list[tuple[float, str, list[Row]]] = []
     for name in BUNDLED:
-        segments: dict[str, list[Row | InputError]] = {}
+        segments: dict[str, list[Row]] = {}
         for row in _read(name, columns, "train", "refuse"):
             segments.setdefault(row.segment_id or row.where, []).append(row)
         order = sorted(segments, key=lambda segment: hashlib.sha256(segment.encode()).digest())
-        chosen = _some_of_each_domain(order, segments) if name == "domains" else order[: DEMO_SEGMENTS.get(name)]
+        if name == "domains":
+            chosen = _some_of_each_domain(order, segments)
+        else:
+            short = [segment for segment in order if all(_bytes(row) <= DEMO_BYTES for row in segments[segment])]
+            chosen = short[: DEMO_SEGMENTS.get(name)]
         placed += [((place + 0.5) / len(chosen), name, segments[segment]) for place, segment in enumerate(chosen)]
     placed.sort(key=lambda item: item[:2])
     for _, _, rows in placed:
         yield from rows
 
 
-def _some_of_each_domain(order: list[str], segments: dict[str, list[Row | InputError]]) -> list[str]:
+def _bytes(row: Row) -> int:
+    return len((row.text or "").encode())
+
+
+def _some_of_each_domain(order: list[str], segments: dict[str, list[Row]]) -> list[str]:
     taken: dict[str | None, int] = {}
     chosen = []
     for segment in order:
         (row,) = segments[segment]
-        assert isinstance(row, Row) and row.text is not None
-        if taken.get(row.domain, 0) < DEMO_CHARACTERS:
-            taken[row.domain] = taken.get(row.domain, 0) + len(row.text)
+        text = row.text or ""
+        table = sum(map(str.isdigit, text)) > len(text) / 4  # tables of numbers: a token a digit
+        if taken.get(row.domain, 0) < DEMO_CHARACTERS and not table:
+            taken[row.domain] = taken.get(row.domain, 0) + len(text)
             chosen.append(segment)
     return chosen
 
@@ -236,7 +248,7 @@ def _rows(records: Iterable[files.Record], columns: dict[str, str], name: str) -
 
 def _row(where: str, record: dict[str, Any], columns: dict[str, str], name: str) -> Row:
     if not isinstance(record, dict):
-        raise InputError(f"{where}: the row is {_short(record)}; expected a JSON object such as {{\"text\": \"…\"}}.")
+        raise InputError(f'{where}: the row is {_short(record)}; expected a JSON object such as {{"text": "…"}}.')
     for each, column in columns.items():
         if column not in record:
             raise InputError(
@@ -297,7 +309,9 @@ def _messages(where: str, column: str, value: object) -> list[dict[str, Any]]:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise InputError(f"{where}: {column!r} is text but not JSON ({error}); expected messages. {_REMEDY}") from None
+            raise InputError(
+                f"{where}: {column!r} is text but not JSON ({error}); expected messages. {_REMEDY}"
+            ) from None
     expected = f'expected a list of {{"role": "user", "content": "…"}}. {_REMEDY}'
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: {column!r} is {_short(value)}; {expected}")

@@ -91,8 +91,8 @@ def check_unicode(where: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where}: character {error.start + 1} is half a surrogate pair ({text[error.start]!r}); expected Unicode text. "
-            "Correct or remove the row, or leave such rows out with --bad-rows skip."
+            f"{where}: character {error.start + 1} is half a surrogate pair ({text[error.start]!r}); expected Unicode "
+            "text. Correct or remove the row, or leave such rows out with --bad-rows skip."
         ) from None
 
 
@@ -169,7 +169,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 def _json_line(where: str, line: bytes) -> Any:
     try:
-        record = json.loads(line.decode())
+        record = json.loads(line.decode().rstrip())
         if b"\\ud" in line.lower():  # an escaped surrogate, perhaps without its other half
             check_unicode(where, json.dumps(record, ensure_ascii=False))
     except UnicodeDecodeError as error:
@@ -177,8 +177,9 @@ def _json_line(where: str, line: bytes) -> Any:
     except InputError as error:
         return error
     except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
         return InputError(
-            f"{where}: not JSON: {error}; expected one JSON object on each line. "
+            f"{where}: not JSON: {reason}; expected one JSON object on each line. "
             "Correct or remove the line, or leave such rows out with --bad-rows skip."
         )
     return record

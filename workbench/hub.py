@@ -16,7 +16,10 @@ def dataset(name: str, split: str) -> tuple[Any, int | None]:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"{name} is a Hugging Face data set; to read it: pip install datasets") from None
+        raise InputError(
+            f"{name} is no file here, and to read it as a Hugging Face data set the library datasets is needed: "
+            "pip install 'moe-workbench[datasets]'"
+        ) from None
     path, _, config = name.partition(":")
     datasets.disable_progress_bars()
     try:

@@ -9,13 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
+from scipy.special import xlogy
 
 from workbench.errors import InputError
 from workbench.routing import NO_EXPERT
-from workbench.trace import PHASES, Trace
+from workbench.schema import PHASES
+from workbench.tracefile import Trace
 
 POSITIONS = (1, 4, 16, 64, 256)
 """Where a new bucket of `by="position"` begins."""
+MOST_GROUPS = 256
+"""More groups than this are a mistake (such as grouping by `sha256`) and would fill the memory with resamples."""
 EVERYTHING = "all"
 """Label of the one group when nothing is grouped."""
 
@@ -26,10 +31,11 @@ class Cells:
 
     labels     the groups, sorted
     group      int32 (n_cells,)   label of each cell
-    text       int32 (n_cells,)   text of each cell
+    text       int32 (n_cells,)   text of each cell, numbered without gaps
     strata     int32 (n_cells,)   or None
     of_token   int32 (n_tokens,)  cell of each token, -1 where the token has no label
     n_tokens, n_sequences         int64 (n_groups,)
+    n_texts                       int64 (n_groups,)
     n_unlabelled                  sequences left out because they have no label
     """
 
@@ -40,6 +46,7 @@ class Cells:
     of_token: np.ndarray
     n_tokens: np.ndarray
     n_sequences: np.ndarray
+    n_texts: np.ndarray
     n_unlabelled: int
 
 
@@ -66,20 +73,22 @@ def sort_into_cells(trace: Trace, by: str | None, within: str | None = None) -> 
     return Cells(
         labels=labels,
         group=group,
-        text=text[kept][first].astype(np.int32),
+        text=np.unique(text[kept][first], return_inverse=True)[1].astype(np.int32),
         strata=stratum[kept][first].astype(np.int32) if within is not None else None,
         of_token=of_token,
         n_tokens=np.bincount(label[kept], minlength=len(labels)),
         n_sequences=np.bincount(pairs // max(len(sequences), 1), minlength=len(labels)),
+        n_texts=np.bincount(np.unique(np.stack([group, text[kept][first]]), axis=1)[0], minlength=len(labels)),
         n_unlabelled=len(sequences) - len(np.unique(of_sequence[kept])),
     )
 
 
 def text_codes(sequences: pd.DataFrame) -> np.ndarray:
     """Number of the text each sequence belongs to: int64 (n_sequences,)."""
-    segment = sequences["segment_id"].astype(object)
-    alone = pd.Series([("sequence", row) for row in range(len(sequences))], index=sequences.index, dtype=object)
-    return pd.factorize(segment.where(segment.notna(), alone))[0].astype(np.int64)
+    codes, segments = pd.factorize(sequences["segment_id"])
+    alone = codes < 0
+    codes[alone] = len(segments) + np.arange(alone.sum())
+    return codes.astype(np.int64)
 
 
 def token_labels(
@@ -89,11 +98,12 @@ def token_labels(
     if by is None:
         return np.zeros(len(of_sequence), np.int64), [EVERYTHING]
     if by in sequences.columns:
-        codes, labels = pd.factorize(sequences[by].map(lambda value: None if pd.isna(value) else str(value)), sort=True)
+        codes, labels = pd.factorize(column(sequences, by).map(as_label), sort=True)
+        if len(labels) > MOST_GROUPS:
+            raise InputError(f"{by!r} has {len(labels):,} different values; at most {MOST_GROUPS} groups can be compared.")
         return codes.astype(np.int64)[of_sequence], [str(label) for label in labels]
     if by == "phase":
-        phase = trace.tokens()["phase"].to_numpy()
-        codes = np.array([PHASES.index(name) for name in phase], np.int64)
+        codes = pd.Categorical(trace.tokens()["phase"], categories=PHASES).codes
         return present(codes, list(PHASES))
     if by == "position":
         codes = np.digitize(trace.tokens()["pos"].to_numpy(), POSITIONS)
@@ -101,8 +111,12 @@ def token_labels(
         ends = [str(end - 1) for end in POSITIONS]
         names = [begin if begin == end else f"{begin}–{end}" for begin, end in zip(map(str, edges), ends, strict=False)]
         return present(codes, [*names, f"{edges[-1]}+"])
-    column(sequences, by)
-    raise AssertionError("unreachable")
+    raise InputError(no_column(sequences, by))
+
+
+def as_label(value: object) -> str | None:
+    """A metadata value (a text, a number, a list, …) as a label; None where it is missing."""
+    return None if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
 
 
 def present(codes: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
@@ -114,12 +128,17 @@ def present(codes: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]
 def column(sequences: pd.DataFrame, name: str) -> pd.Series:
     """A column of the sequences, or an error that lists those there are."""
     if name not in sequences.columns or sequences[name].isna().all():
-        filled = [str(other) for other in sequences.columns if sequences[other].notna().any()]
-        raise InputError(
-            f"the sequences of this trace have no {name!r}; they have {', '.join(filled)}, and every token has "
-            "'phase' and 'position'. Give the corpus a column of that name and trace it again."
-        )
+        raise InputError(no_column(sequences, name))
     return sequences[name]
+
+
+def no_column(sequences: pd.DataFrame, name: str) -> str:
+    """What to say when nothing is known by this name."""
+    filled = [str(other) for other in sequences.columns if sequences[other].notna().any()]
+    return (
+        f"the sequences of this trace have no {name!r}; they have {', '.join(filled)}, and every token has 'phase' and "
+        "'position'. Give the corpus a column of that name and trace it again."
+    )
 
 
 def count(trace: Trace, layer: int, cells: Cells) -> np.ndarray:
@@ -143,7 +162,35 @@ def experts_of(trace: Trace, layer: int) -> int:
 
 
 def sum_by(rows: np.ndarray, group: np.ndarray, n_groups: int) -> np.ndarray:
-    """Sum the rows of each group: (n, n_columns) -> (n_groups, n_columns)."""
-    total = np.zeros((n_groups, rows.shape[1]))
-    np.add.at(total, group, rows)
-    return total
+    """Sum the rows of each group: (n, n_columns) -> float64 (n_groups, n_columns)."""
+    places = (np.ones(len(group)), (group, np.arange(len(group))))
+    return sparse.csr_array(places, shape=(n_groups, len(group))) @ np.asarray(rows, np.float64)
+
+
+def shares(counts: np.ndarray) -> np.ndarray:
+    """Counts over experts (last axis) to shares of assignments; NaN where there is no assignment."""
+    total = counts.sum(axis=-1, keepdims=True)
+    return np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+
+
+def entropy(counts: np.ndarray) -> np.ndarray:
+    """Entropy in nats over the last axis of counts (normalised here); NaN where the counts are all 0."""
+    total = counts.sum(axis=-1)
+    safe = np.where(total > 0, total, 1)
+    # H = log N - sum(c log c)/N: one pass, and xlogy makes 0 log 0 = 0.
+    result = np.log(safe) - xlogy(counts, counts).sum(axis=-1) / safe
+    return np.where(total > 0, np.maximum(result, 0), np.nan)
+
+
+def need_two_groups(cells: Cells, by: str, within: str | None) -> None:
+    """Refuse a comparison that has nothing to compare."""
+    if len(cells.labels) < 2:
+        found = f"only {cells.labels[0]!r}" if cells.labels else "none"
+        raise InputError(f"comparing by {by!r} takes at least two values; this trace has {found}.")
+    if cells.strata is not None:
+        pairs = np.unique(np.stack([cells.strata, cells.group]), axis=1)
+        if len(np.unique(pairs[0])) == pairs.shape[1]:
+            raise InputError(
+                f"{by!r} never varies within a {within!r}, so there is nothing to permute; leave `within` out, or choose "
+                "a column inside which several values occur."
+            )

@@ -22,28 +22,36 @@ CHUNK = 1 << 24
 """Entries of the largest temporary matrix: what bounds memory."""
 
 
-def bootstrap_weights(n_texts: int, n_resamples: int, seed: int) -> np.ndarray:
-    """How often each text was drawn: float32 (n_resamples, n_texts), every row sums to n_texts."""
-    random = np.random.default_rng(seed)
-    weights = np.empty((n_resamples, n_texts), np.float32)
-    for row in weights:
-        row[:] = np.bincount(random.integers(n_texts, size=n_texts), minlength=n_texts)
-    return weights
+def draws(n_texts: int, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each resample drew each text, in chunks: float32 (chunk, n_texts), every row sums to n_texts.
 
-
-def bootstrap_sums(rows: np.ndarray, n_resamples: int, seed: int) -> np.ndarray:
-    """Column sums of resampled rows: (n_texts, n_columns) -> float64 (n_resamples, n_columns).
-
-    The same seed and number of rows draw the same texts, so that calls for several layers can be compared.
+    The same arguments give the same draws: the layers of a trace are resampled together.
     """
-    n_texts = len(rows)
-    sums = np.empty((n_resamples, rows.shape[1]))
-    step = max(1, CHUNK // max(n_texts, 1))
     random = np.random.default_rng(seed)
-    rows = np.ascontiguousarray(rows, np.float64)
+    step = max(1, CHUNK // max(n_texts, 1))
     for start in range(0, n_resamples, step):
-        count = min(step, n_resamples - start)
-        sums[start : start + count] = bootstrap_weights(n_texts, count, random.integers(2**63)) @ rows
+        chunk = min(step, n_resamples - start)
+        drawn = random.integers(n_texts, size=(chunk, n_texts)) + n_texts * np.arange(chunk)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=chunk * n_texts).reshape(chunk, n_texts).astype(np.float32)
+
+
+def bootstrap_sums(
+    rows: np.ndarray, text: np.ndarray, group: np.ndarray, n_groups: int, n_resamples: int, seed: int
+) -> np.ndarray:
+    """Sums of rows a group in each resample: float64 (n_resamples, n_groups, n_columns).
+
+    rows (n, n_columns), text int (n,) in 0..n_texts-1: what is drawn, with all its rows in all groups;
+    group int (n,) ascending, in 0..n_groups-1.
+    """
+    n_texts = int(text.max(initial=-1)) + 1
+    bounds = np.searchsorted(group, np.arange(n_groups + 1))
+    rows = np.ascontiguousarray(rows, np.float32)
+    sums = np.zeros((n_resamples, n_groups, rows.shape[1]))
+    start = 0
+    for drawn in draws(n_texts, n_resamples, seed) if n_texts else ():
+        for label, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            sums[start : start + len(drawn), label] = drawn[:, text[begin:end]] @ rows[begin:end]
+        start += len(drawn)
     return sums
 
 
@@ -75,31 +83,29 @@ def interval(resampled: np.ndarray, value: np.ndarray | None = None) -> tuple[np
 def permuted_sums(
     rows: np.ndarray, group: np.ndarray, n_groups: int, n_permutations: int, seed: int, strata: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
-    """Sums of rows a group, after shuffling the labels over the rows, in chunks of permutations.
+    """Sums of rows a group after shuffling the labels over the rows, in chunks of permutations.
 
-    rows (n, n_columns), group int (n,) in 0..n_groups-1, strata int (n,) or None: a label never leaves its stratum.
-    Yields float64 (chunk, n_groups, n_columns); the chunks add up to n_permutations.
+    rows (n, n_columns), group int (n,) ascending, in 0..n_groups-1; strata int (n,) or None: a label never leaves its
+    stratum. Yields float64 (chunk, n_groups, n_columns); the chunks add up to n_permutations.
     """
     n = len(rows)
-    order = np.argsort(group, kind="stable")
-    rows = np.ascontiguousarray(rows[order], np.float64)
-    starts = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=n_groups))])
-    blocks = [np.arange(n)] if strata is None else stratum_rows(strata[order])
-    step = max(1, min(n_permutations, CHUNK // max(n, n_groups * rows.shape[1], 1)))
+    rows = np.ascontiguousarray(rows, np.float64)
+    starts = np.searchsorted(group, np.arange(n_groups))
+    blocks = [np.arange(n)] if strata is None else rows_of_strata(strata)
+    step = max(1, CHUNK // max(n, n_groups * rows.shape[1], 1))
     random = np.random.default_rng(seed)
     for start in range(0, n_permutations, step):
-        count = min(step, n_permutations - start)
-        # Slot j keeps its label; `row` says which row lands there. One sparse matrix sums a whole chunk.
-        row = np.tile(np.arange(n, dtype=np.int32), (count, 1))
+        chunk = min(step, n_permutations - start)
+        # A place keeps its label; `row` says which row lands there. One sparse matrix then sums the whole chunk.
+        row = np.tile(np.arange(n, dtype=np.int32), (chunk, 1))
         for block in blocks:
             row[:, block] = random.permuted(row[:, block], axis=1)
-        pointers = (np.arange(count)[:, None] * n + starts[:-1]).ravel()
-        pointers = np.append(pointers, count * n)
-        chooser = sparse.csr_array((np.ones(count * n), row.ravel(), pointers), shape=(count * n_groups, n))
-        yield (chooser @ rows).reshape(count, n_groups, rows.shape[1])
+        pointers = np.append((np.arange(chunk)[:, None] * n + starts).ravel(), chunk * n)
+        chooser = sparse.csr_array((np.ones(chunk * n), row.ravel(), pointers), shape=(chunk * n_groups, n))
+        yield (chooser @ rows).reshape(chunk, n_groups, rows.shape[1])
 
 
-def stratum_rows(strata: np.ndarray) -> list[np.ndarray]:
+def rows_of_strata(strata: np.ndarray) -> list[np.ndarray]:
     """The rows of each stratum that has more than one: nothing can be shuffled in the others."""
     order = np.argsort(strata, kind="stable")
     blocks = np.split(order, np.flatnonzero(np.diff(strata[order])) + 1)

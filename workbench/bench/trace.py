@@ -52,12 +52,16 @@ def run(quick: bool = False) -> dict:
         "memory": _memory(*((2_000, 6_000) if quick else (100_000, 1_000_000))),
     }
     for name in ("demo", "mid-size"):
-        print(f"{name}: {result[name]['tokens']:,} tokens, time over the forward pass alone (lowest to highest of {rounds} rounds)")
+        print(
+            f"{name}: {result[name]['tokens']:,} tokens, time over the forward pass alone (lowest to highest of {rounds} rounds)"
+        )
         for way in WAYS:
             ratio = result[name]["ratio"][way]
             print(f"  {way:<12} {ratio['median']:.3f}   ({ratio['lowest']:.3f} to {ratio['highest']:.3f})")
     memory = result["memory"]
-    print(f"peak memory after {memory['tokens'][1]:,} tokens over that after {memory['tokens'][0]:,}: {memory['ratio']:.3f}")
+    print(
+        f"peak memory after {memory['tokens'][1]:,} tokens over that after {memory['tokens'][0]:,}: {memory['ratio']:.3f}"
+    )
     return result
 
 
@@ -109,14 +113,16 @@ def _compare(model: Model, rounds: int, n_batches: int) -> dict:
                 way(model, batches, Path(folder), False)
                 seconds[name].append(time.perf_counter() - start)
     ratios = {
-        name: [one / base for one, base in zip(times, seconds["forward"], strict=True)] for name, times in seconds.items()
+        name: [one / base for one, base in zip(times, seconds["forward"], strict=True)]
+        for name, times in seconds.items()
     }
     return {
         "tokens": n_batches * shape[0] * shape[1],
         "tokens_per_second": n_batches * shape[0] * shape[1] / median(seconds["forward"]),
         "seconds": seconds,
         "ratio": {
-            name: {"median": median(values), "lowest": min(values), "highest": max(values)} for name, values in ratios.items()
+            name: {"median": median(values), "lowest": min(values), "highest": max(values)}
+            for name, values in ratios.items()
         },
     }
 
@@ -137,7 +143,10 @@ def _workbench(model: Model, batches: list[torch.Tensor], folder: Path, check: b
     layers = [
         {"layer": one.index, "name": one.name, "n_experts": one.n_experts, "top_k": one.top_k} for one in model.layers
     ]
-    with Writer(folder / "bench.duckdb", header, layers, mode="new") as writer, Recorder(model, {"weights"}) as recorder:
+    with (
+        Writer(folder / "bench.duckdb", header, layers, mode="new") as writer,
+        Recorder(model, {"weights"}) as recorder,
+    ):
         for number, ids in enumerate(batches):
             nll = _step(model, ids)
             (observed,) = recorder.take()

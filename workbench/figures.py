@@ -1,0 +1,279 @@
+"""How figures look: one template, one palette, and saving to HTML, SVG, PNG and PDF.
+
+A language or domain has the same colour and dash in every figure. The colours are those of Okabe & Ito (2008), which
+colour-blind readers can tell apart, without the yellow, which is lost on white paper. Text that comes from data passes
+`plain`, because Plotly renders some HTML in labels.
+"""
+
+import html
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from workbench.errors import InputError
+from workbench.output import new_file
+
+FONT = "Inter, system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'Noto Sans', sans-serif"
+INK, MUTED, GRID, AXIS = "#1c2733", "#5b6875", "#e9edf1", "#c3ccd5"
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+
+LANGUAGES = (
+    "en de fr es it pt-BR ru zh-CN ja ko cs tr pl vi ar hi nl sv fi hu el id uk fa he th bn zh-TW ca nb da ro bg"
+).split()
+DOMAINS = (
+    "fiction drama-dialogue dialogue software-manual software-ui software-messages technical-docs code-python code-c "
+    "code-go code-js code-rust math-formal math-word-problems biomedical legal legal-rights encyclopedic-glosses"
+).split()
+
+DIVERGING = ["#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#b2182b"]
+"""Less to more, around "as expected": ColorBrewer's RdBu, safe for colour-blind readers."""
+REACH = 3
+"""The colour scale of ratios ends at 2 to this power."""
+
+MOST_BANDS = 4
+"""More lines than this in a panel, and their intervals would cover each other: they are left to the hover text."""
+MOST_LINES = 8
+"""More lines than this, and each gets a panel of its own."""
+
+FORMATS = (".html", ".svg", ".png", ".pdf")
+WIDTH, HEIGHT = 1000, 420
+
+
+class Style(NamedTuple):
+    """Colour and dash of a line."""
+
+    colour: str
+    dash: str = "solid"
+    width: float = 2
+
+
+MAIN = Style("#0072B2")
+NULL = Style("#7d8894", "dot", 1.5)
+CONTEXT = Style("#cfd6dd", "solid", 2)
+
+
+def template() -> go.layout.Template:
+    """The look of every figure: light, thin lines, legible on a page 8 cm wide."""
+    axis = {
+        "gridcolor": GRID, "linecolor": AXIS, "zerolinecolor": AXIS, "zeroline": False, "showline": True,
+        "ticks": "outside", "ticklen": 4, "tickcolor": AXIS, "automargin": True,
+        "title": {"font": {"size": 12, "color": MUTED}, "standoff": 8}, "tickfont": {"size": 11},
+    }  # fmt: skip
+    layout = {
+        "font": {"family": FONT, "size": 12, "color": INK},
+        "colorway": list(COLOURS),
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "margin": {"l": 60, "r": 20, "t": 36, "b": 48},
+        "xaxis": axis,
+        "yaxis": axis,
+        "hoverlabel": {"bgcolor": "white", "bordercolor": AXIS, "align": "left", "font": {"family": FONT, "size": 12}},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "font": {"size": 11}},
+        "annotationdefaults": {"font": {"size": 12, "color": INK}},
+    }
+    return go.layout.Template(layout=layout)
+
+
+def plain(text: Any) -> str:
+    """Text from data for a label: shown as it is, whatever markup it contains."""
+    return html.escape("".join(c if c.isprintable() else "�" for c in str(text)), quote=False)
+
+
+def noun(column: str) -> str:
+    """What a column holds, for a sentence."""
+    return {"lang": "language"}.get(column, column)
+
+
+def style(name: str) -> Style:
+    """Colour and dash of a language, a domain or any other label; the same in every figure."""
+    for known in (LANGUAGES, DOMAINS):
+        if name in known:
+            place = known.index(name)
+            break
+    else:
+        place = zlib.crc32(str(name).encode())
+    return Style(COLOURS[place % len(COLOURS)], DASHES[place // len(COLOURS) % len(DASHES)])
+
+
+def ordered(labels: Iterable[str]) -> list[str]:
+    """Labels in the order of all figures: known languages and domains first, the others by name."""
+    known = [*LANGUAGES, *DOMAINS]
+    return sorted(labels, key=lambda label: (known.index(label) if label in known else len(known), str(label)))
+
+
+def panels(titles: Sequence[str], columns: int) -> go.Figure:
+    """A figure of several panels, in rows of `columns`; panel i has the axes x{i+1} and y{i+1}."""
+    columns = min(columns, len(titles))
+    n_rows = -(-len(titles) // columns)
+    cells: list[dict | None] = [{} for _ in titles]
+    cells += [None] * (n_rows * columns - len(titles))
+    result = make_subplots(
+        n_rows,
+        columns,
+        subplot_titles=list(titles),
+        specs=[cells[row * columns : (row + 1) * columns] for row in range(n_rows)],
+        horizontal_spacing=0.22 / columns if columns > 1 else 0,
+        vertical_spacing=0.26 / n_rows if n_rows > 1 else 0,
+    )
+    result.update_annotations(font={"size": 12, "color": INK})
+    result.update_layout(template=template())
+    return result
+
+
+def line(
+    result: go.Figure,
+    x: Iterable,
+    y: Iterable,
+    low: Iterable | None = None,
+    high: Iterable | None = None,
+    *,
+    name: str,
+    style: Style = MAIN,
+    panel: int = 0,
+    band: bool = True,
+    legend: bool = True,
+    fill: bool = False,
+) -> None:
+    """Add a line with its interval as a band (and in the hover text); `fill` shades down to 0 instead."""
+    axes = {"xaxis": f"x{panel + 1 if panel else ''}", "yaxis": f"y{panel + 1 if panel else ''}"}
+    label = plain(name)
+    x, y = np.asarray(x), np.asarray(y, float)
+    details, ends = None, ""
+    if low is not None and high is not None:
+        low, high = np.asarray(low, float), np.asarray(high, float)
+        details, ends = np.column_stack([low, high]), " [%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
+        known = np.isfinite(low) & np.isfinite(high)
+        if band and known.any():
+            around = {"x": np.concatenate([x[known], x[known][::-1]]), "y": np.concatenate([high[known], low[known][::-1]])}
+            result.add_scatter(
+                **around, **axes, fill="toself", fillcolor=faded(style.colour), line={"width": 0}, hoverinfo="skip",
+                mode="lines", showlegend=False, legendgroup=label,
+            )  # fmt: skip
+    result.add_scatter(
+        x=x, y=y, **axes, name=label, legendgroup=label, showlegend=legend, customdata=details,
+        mode="lines+markers" if len(x) <= 48 else "lines", marker={"size": 5},
+        line={"color": style.colour, "dash": style.dash, "width": style.width},
+        fill="tozeroy" if fill else None, fillcolor=faded(style.colour, 0.12) if fill else None,
+        hovertemplate=f"{label}<br>layer %{{x}}: %{{y:.3f}}{ends}<extra></extra>",
+    )  # fmt: skip
+
+
+def dots(
+    result: go.Figure, x: Iterable, names: Sequence[str], low: Iterable, high: Iterable, *, panel: int = 0
+) -> None:
+    """Add a row a name: a dot and its interval. The names are used as they are: escape them."""
+    x, low, high = (np.asarray(values, float) for values in (x, low, high))
+    result.add_scatter(
+        x=x, y=list(names), xaxis=f"x{panel + 1 if panel else ''}", yaxis=f"y{panel + 1 if panel else ''}",
+        mode="markers", showlegend=False, marker={"color": MAIN.colour, "size": 7},
+        error_x={"type": "data", "array": high - x, "arrayminus": x - low, "thickness": 1.5, "width": 0,
+                 "color": faded(MAIN.colour, 0.55)},
+        customdata=np.column_stack([low, high]),
+        hovertemplate="%{y}<br>%{x:+.3f} [%{customdata[0]:+.3f}, %{customdata[1]:+.3f}]<extra></extra>",
+    )  # fmt: skip
+
+
+def ratios(
+    ratio: np.ndarray, x: Sequence, y: Sequence[str], *, hover: str, details: np.ndarray, panel: int = 0
+) -> go.Heatmap:
+    """A heatmap of ratios on the common logarithmic colour scale: 1 is white, 8 and more dark red."""
+    with np.errstate(divide="ignore"):
+        z = np.clip(np.log2(ratio), -REACH, REACH)
+    return go.Heatmap(
+        z=z, x=x, y=y, customdata=details, hovertemplate=hover, coloraxis="coloraxis", xgap=0.5, ygap=0.5,
+        hoverongaps=False, xaxis=f"x{panel + 1 if panel else ''}", yaxis=f"y{panel + 1 if panel else ''}",
+    )  # fmt: skip
+
+
+def ratio_scale(result: go.Figure, title: str) -> None:
+    """Add the colour scale of `ratios`."""
+    ticks = list(range(-REACH, REACH + 1))
+    names = [f"{2**tick}×" if tick >= 0 else f"1/{2**-tick}×" for tick in ticks]
+    names[0], names[-1] = f"≤ {names[0]}", f"≥ {names[-1]}"
+    bar = {
+        "title": {"text": title, "font": {"size": 11, "color": MUTED}}, "tickvals": ticks, "ticktext": names,
+        "thickness": 12, "len": 1, "outlinewidth": 0, "tickfont": {"size": 11},
+    }  # fmt: skip
+    result.update_layout(coloraxis={"colorscale": DIVERGING, "cmin": -REACH, "cmax": REACH, "colorbar": bar})
+
+
+def layer_axes(result: go.Figure, layers: Iterable[int], *, sparse: bool = False) -> None:
+    """Label the horizontal axes with layer numbers: whole, and not too many."""
+    last = max(layers)
+    step = max(1, math.ceil((last + 1) / (6 if sparse else 16)))
+    result.update_xaxes(tickmode="linear", tick0=0, dtick=step, range=[-0.03 * last - 0.15, 1.03 * last + 0.15])
+    if not sparse:
+        result.update_xaxes(title="layer")
+
+
+def left_title(result: go.Figure, text: str) -> None:
+    """One title for the vertical axes of all panels."""
+    result.add_annotation(
+        text=text, textangle=-90, xref="paper", yref="paper", x=0, xshift=-52, y=0.5, showarrow=False,
+        font={"size": 12, "color": MUTED},
+    )  # fmt: skip
+
+
+def faded(colour: str, opacity: float = 0.18) -> str:
+    """A colour of the palette with opacity."""
+    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
+
+
+def save(figure: go.Figure, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Write a figure; the ending of `path` decides: .html (self-contained, interactive), .svg, .png or .pdf.
+
+    Images take a Chrome or Chromium, found by BROWSER_PATH or on the PATH, and the package kaleido.
+    """
+    path = Path(path)
+    ending = path.suffix.lower()
+    if ending not in FORMATS:
+        raise InputError(f"{path} ends in {ending!r}; a figure is written as {', '.join(FORMATS)}.")
+    with new_file(path, overwrite) as partial:
+        if ending == ".html":
+            text = figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False})
+            partial.write_text(text, encoding="utf-8")
+        else:
+            partial.write_bytes(image(figure, ending[1:]))
+
+
+def image(figure: go.Figure, kind: str) -> bytes:
+    """The figure as svg, png or pdf, drawn by a browser on this machine, without network."""
+    try:
+        import kaleido
+    except ImportError:
+        raise InputError("images take the package kaleido: pip install 'moe-workbench[figures]'; .html works without.") from None
+    browser = find_browser()
+    options = {
+        "format": kind,
+        "width": figure.layout.width or WIDTH,
+        "height": figure.layout.height or HEIGHT,
+        "scale": 2 if kind == "png" else 1,
+    }
+    page = kaleido.PageGenerator(mathjax=False)  # by default it would be fetched from a CDN
+    return kaleido.calc_fig_sync(figure.to_dict(), options, kopts={"page_generator": page, "path": browser})
+
+
+def find_browser() -> str:
+    """Path of a Chrome or Chromium."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+    named = os.environ.get("BROWSER_PATH")
+    if named and not Path(named).exists():
+        raise InputError(f"BROWSER_PATH is {named!r}, where there is no file; set it to a Chrome or Chromium.")
+    found = named or next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        raise InputError(
+            "images (.svg, .png, .pdf) are drawn by a Chrome or Chromium, and none was found: install one "
+            "(apt-get install chromium), set BROWSER_PATH, or write .html instead."
+        )
+    return found

@@ -1,0 +1,341 @@
+"""One self-contained HTML file about a run: what it is, what stands out, the figures, and how each number is defined.
+
+It opens offline: Plotly is inlined once, and a content security policy forbids every request and every script but the
+two that are hashed here. Text from data is escaped, on the page by Jinja and in figures by `figures.plain`.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+import workbench
+from workbench import analysis
+from workbench.analysis.alignment import POOLED
+from workbench.errors import InputError
+from workbench.export import csv_text
+from workbench.output import new_file
+from workbench.tracefile import Trace
+from workbench.validate import validate
+
+MOST_ROWS = 40
+"""Rows of a table on the page; the whole table can be downloaded."""
+
+DRAW = """
+const figures = JSON.parse(document.getElementById("figures").textContent);
+for (const [id, figure] of Object.entries(figures)) {
+  Plotly.newPlot(id, figure.data, figure.layout, {responsive: true, displaylogo: false,
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], toImageButtonOptions: {format: "svg", filename: id}});
+}
+addEventListener("beforeprint", () => {
+  for (const id of Object.keys(figures)) Plotly.relayout(id, {width: 680, autosize: false});
+});
+addEventListener("afterprint", () => {
+  for (const id of Object.keys(figures)) Plotly.relayout(id, {width: null, autosize: true});
+});
+"""
+
+
+@dataclass
+class Question:
+    """One analysis with its arguments; `pick` chooses and orders the rows shown on the page."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    heading: str = ""
+    pick: Callable[[pd.DataFrame], pd.DataFrame] | None = None
+    choice: str = ""
+
+
+def report(trace: Trace | str | os.PathLike, out: str | os.PathLike, *, overwrite: bool = False, run: str | None = None) -> Path:
+    """Write the report of a run to the HTML file `out`; returns its path.
+
+    An analysis that the trace can't answer (no languages, no parallel texts) is named in the report with the reason.
+    InputError if `out` exists and `overwrite` isn't given.
+    """
+    trace = trace if isinstance(trace, Trace) else Trace(trace, run)
+    out = Path(out)
+    with new_file(out, overwrite) as partial:
+        partial.write_text(page(trace, out), encoding="utf-8")
+    return out
+
+
+def page(trace: Trace, out: Path) -> str:
+    """The whole HTML text."""
+    sequences = trace.sequences()
+    drawn: dict[str, Any] = {}
+    parts, headlines = [], []
+    for section in sections(sequences):
+        answers = [answer(trace, question, drawn) for question in section.pop("questions")]
+        headlines += [(found["findings"][0], section["id"]) for found in answers if found.get("findings")]
+        parts.append({**section, "answers": answers})
+    found = validate(trace.path, trace.run)
+    facts = trace.runs().set_index("run").loc[trace.run]
+    plotly = get_plotlyjs()
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
+    )
+    return environment.get_template("report.html.j2").render(
+        policy=policy(plotly, DRAW),
+        title=Path(str(facts["model"])).name if present(facts["model"]) else trace.run,
+        subtitle=subtitle(trace),
+        facts=headline_facts(trace, sequences),
+        headlines=headlines,
+        problems=[describe(problem) for problem in found.to_dict("records")],
+        broken=bool((found["severity"] == "error").any()),
+        sections=parts,
+        run=run_facts(trace, facts, sequences),
+        layers={"columns": list(trace.layers.columns), "rows": trace.layers.astype(object).values.tolist()},
+        commands=commands(trace, facts, out),
+        calls=Markup(", ").join(Markup("<code>wb.analysis.{}(trace)</code>").format(name) for name in analysis.NAMES),
+        version=workbench.__version__,
+        figures=Markup(in_script(json.dumps(drawn, ensure_ascii=False))),
+        plotly=Markup(plotly),
+        draw=Markup(DRAW),
+    )
+
+
+def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
+    """What the report asks, in order."""
+    chosen = []
+    for by, title, strata in (("lang", "Languages", "source"), ("domain", "Domains", "lang")):
+        within = strata if varies(sequences, by, strata) else None
+        arguments = {"by": by, "within": within}
+        kept = f", labels shuffled within each {strata}" if within else ""
+        chosen.append(
+            {
+                "id": title.lower(),
+                "title": title,
+                "lead": f"Does the choice of experts depend on the {title.lower()[:-1]} of a text, and which experts does each "
+                f"{title.lower()[:-1]} prefer? Blocks in the heatmap are specialists; white is what all texts together do.",
+                "questions": [
+                    Question("mutual_information", arguments, "How much, layer by layer"),
+                    Question(
+                        "specialization", arguments, "Which experts", strongest, f", the strongest preferences{kept}"
+                    ),
+                ],
+            }
+        )
+    chosen.append(
+        {
+            "id": "translations",
+            "title": "Translations",
+            "lead": "Is one text routed alike in two languages? Lower is more alike. Dashed lines compare different texts of the "
+            "same two languages: the gap below them is what shared content adds.",
+            "questions": [
+                Question("alignment", {}, "Divergence from the reference, layer by layer", pooled, ", mean of all languages"),
+                Question("u_shape", {}, "Is the middle of the model more alike than its ends?"),
+            ],
+        }
+    )
+    chosen.append(
+        {
+            "id": "load",
+            "title": "Load",
+            "lead": "How evenly is the work spread over the experts of each layer?",
+            "questions": [
+                Question("balance", {}, "Balance of each layer"),
+                Question("load", {}, "Every expert", busiest, ", the busiest experts"),
+            ],
+        }
+    )
+    return chosen
+
+
+def varies(sequences: pd.DataFrame, by: str, within: str) -> bool:
+    """Whether some stratum holds several labels, so that labels can be shuffled inside it."""
+    known = sequences[[by, within]].dropna() if {by, within} <= set(sequences.columns) else pd.DataFrame()
+    return len(known) > 0 and bool((known.groupby(within)[by].nunique() > 1).any())
+
+
+def strongest(frame: pd.DataFrame) -> pd.DataFrame:
+    """Significant rows, largest use relative to all groups first."""
+    return frame[frame["q"] < 0.05].sort_values("relative", ascending=False)
+
+
+def pooled(frame: pd.DataFrame) -> pd.DataFrame:
+    """The mean of all languages."""
+    return frame[frame["lang"] == POOLED]
+
+
+def busiest(frame: pd.DataFrame) -> pd.DataFrame:
+    """The largest shares first."""
+    return frame.sort_values("share", ascending=False)
+
+
+def answer(trace: Trace, question: Question, drawn: dict[str, Any]) -> dict[str, Any]:
+    """Ask one question; its figure goes to `drawn`. What the template needs."""
+    module = analysis.file(question.name)
+    ask, draw = analysis.find(question.name)
+    heading = question.heading
+    try:
+        frame = ask(trace, **question.arguments)
+    except InputError as error:
+        return {"heading": heading, "missing": str(error)}
+    figure = draw(frame)
+    name = "-".join([question.name, *([question.arguments["by"]] if "by" in question.arguments else [])])
+    drawn[f"plot-{name}"] = json.loads(figure.to_json())
+    rows = question.pick(frame) if question.pick else frame
+    rows = rows.loc[:, rows.nunique(dropna=False) > 1] if len(rows) > 1 else rows
+    return {
+        "heading": heading,
+        "findings": module.findings(frame),
+        "plot": f"plot-{name}",
+        "height": figure.layout.height or 420,
+        "columns": [str(column).replace("_", " ") for column in rows.columns],
+        "text_columns": [at for at, column in enumerate(rows.columns) if not pd.api.types.is_numeric_dtype(rows[column])],
+        "shown": [[cell(value) for value in row] for row in rows.head(MOST_ROWS).itertuples(index=False)],
+        "choice": question.choice,
+        "n_rows": f"{len(frame):,}",
+        "file": f"{trace.run}-{name}.csv",
+        "csv": "data:text/csv;charset=utf-8;base64," + base64.b64encode(csv_text(frame).encode()).decode(),
+        "definition": definition(module.__doc__ or ""),
+    }
+
+
+def cell(value: Any) -> str:
+    """A value of a table as text."""
+    if isinstance(value, float | np.floating):
+        return "" if np.isnan(value) else f"{value:.4g}"
+    if isinstance(value, int | np.integer):
+        return f"{value:,}"
+    return "" if value is None else str(value)
+
+
+def definition(text: str) -> Markup:
+    """A docstring (paragraphs, `- ` lists, **bold**, `code`) as HTML."""
+    blocks = []
+    for paragraph in re.split(r"\n\s*\n", text.strip()):
+        first, *items = re.split(r"(?:^|\n)- ", paragraph)
+        if first.strip():
+            blocks.append(f"<p>{marked(first)}</p>")
+        if items:
+            blocks.append("<ul>" + "".join(f"<li>{marked(item)}</li>" for item in items) + "</ul>")
+    return Markup("\n".join(blocks))
+
+
+def marked(text: str) -> str:
+    """Bold and code of one paragraph."""
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", escaped))
+
+
+def subtitle(trace: Trace) -> str:
+    """The architecture in a line."""
+    experts = "/".join(str(count) for count in sorted(set(trace.layers["n_experts"])))
+    top_k = "/".join(str(count) for count in sorted(set(trace.layers["top_k"])))
+    gating = "; ".join(sorted(set(trace.layers["gating"].dropna().astype(str))))
+    return f"{trace.n_layers} MoE layers × {experts} experts, top-{top_k}" + (f" · {gating}" if gating else "")
+
+
+def headline_facts(trace: Trace, sequences: pd.DataFrame) -> list[tuple[str, str]]:
+    """Numbers for the top of the page."""
+    facts = [(f"{trace.n_tokens:,}", "tokens"), (f"{trace.n_sequences:,}", "texts")]
+    for column, name in (("lang", "languages"), ("domain", "domains"), ("source", "sources")):
+        if column in sequences and sequences[column].notna().any():
+            facts.append((f"{sequences[column].nunique():,}", name))
+    selections = int(trace.layers["top_k"].sum()) * trace.n_tokens
+    return [*facts, (compact(selections), "expert choices")]
+
+
+def compact(number: int) -> str:
+    """1234567 -> "1.2 M"."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= size:
+            return f"{number / (1e3 if unit == 'k' else size):.1f} {unit}"
+    return f"{number:,}"
+
+
+def run_facts(trace: Trace, facts: pd.Series, sequences: pd.DataFrame) -> list[tuple[str, str]]:
+    """Everything the trace says about the run."""
+    corpus = facts["corpus"] if isinstance(facts["corpus"], dict) else {}
+    versions = facts["versions"] if isinstance(facts["versions"], dict) else {}
+    rows = [
+        ("run", trace.run),
+        ("model", facts["model"]),
+        ("revision", facts["revision"]),
+        ("family", facts["family"]),
+        ("engine", " ".join(str(part) for part in (facts["engine"], facts["dtype"]) if present(part))),
+        ("recorded", ", ".join(sorted(trace.recorded))),
+        ("corpora", ", ".join(corpus.get("names", []))),
+        ("corpus fingerprint", corpus.get("fingerprint")),
+        ("languages", counted(sequences, "lang")),
+        ("domains", counted(sequences, "domain")),
+        ("started", moment(facts["started"])),
+        ("finished", moment(facts["finished"])),
+        ("status", facts["status"]),
+        ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
+        ("file", trace.path.name),
+    ]
+    return [(name, str(value)) for name, value in rows if present(value)]
+
+
+def counted(sequences: pd.DataFrame, column: str) -> str:
+    """Labels of a column with the number of texts of each, most frequent first."""
+    if column not in sequences:
+        return ""
+    return ", ".join(f"{label} {number:,}" for label, number in sequences[column].value_counts().items())
+
+
+def moment(value: Any) -> str:
+    """A time stamp to the second."""
+    return value.strftime("%Y-%m-%d %H:%M:%S") if isinstance(value, datetime) and not pd.isna(value) else ""
+
+
+def present(value: Any) -> bool:
+    """Whether there is anything to show."""
+    return value is not None and not (isinstance(value, float) and np.isnan(value)) and str(value) not in ("", "NaT")
+
+
+def commands(trace: Trace, facts: pd.Series, out: Path) -> str:
+    """The command lines that give this report again."""
+    corpus = facts["corpus"] if isinstance(facts["corpus"], dict) else {}
+    lines = []
+    if corpus.get("names") and present(facts["model"]):
+        parts = ["workbench", "trace", str(facts["model"])]
+        for name in corpus["names"]:
+            parts += ["--corpus", str(name)]
+        parts += ["--record", ",".join(sorted(trace.recorded)), "--run", trace.run, "--out", trace.path.name]
+        for option, key in (("--max-length", "max_length"), ("--long", "long_texts"), ("--batch-tokens", "batch_tokens")):
+            if present(corpus.get(key)):
+                parts += [option, str(corpus[key])]
+        if corpus.get("generate"):
+            parts += ["--generate", str(corpus["generate"])]
+        lines.append(shlex.join(parts))
+    lines.append(shlex.join(["workbench", "report", trace.path.name, "--run", trace.run, "--out", out.name]))
+    return "\n".join(lines)
+
+
+def describe(problem: dict[str, Any]) -> str:
+    """A row of `validate` as a sentence."""
+    return " · ".join(f"{cell(value)}" for value in problem.values() if present(value))
+
+
+def in_script(text: str) -> str:
+    """JSON that can't end the script element it stands in."""
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def policy(*scripts: str) -> str:
+    """A content security policy: no network at all, and only these scripts."""
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
+    )
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )

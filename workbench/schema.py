@@ -1,0 +1,217 @@
+"""The trace file: one DuckDB file that holds any number of runs. Its tables, its format version, how it is opened.
+
+    runs        one pass of one model over corpora
+    layers      one MoE router of a run
+    sequences   one text of a run
+    tokens      one token position
+    vocabulary  one token id that occurs
+    routing     one token at one router: ids and weights as lists, written layer by layer inside a transaction
+    profiles    mean router probabilities over the tokens of one sequence at one router
+    selections  view: one selected expert
+    format      one row: the version of all this
+
+`routing.weights` are fixed point: the weight is `weights / 65535 * scale`, in single precision. `scale` is 1 where the
+row's largest weight is at most 1, otherwise the smallest power of two that is at least the largest weight.
+A token for which a router chose no expert (dropped, or not seen by that router) has an empty list.
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from workbench.errors import InputError
+
+FORMAT = 1
+"""Version of the tables. A file of another version is refused: there is no older one to migrate yet."""
+
+PHASES = ("template", "prompt", "generated")
+"""Where a token comes from, in the order of the codes in `Block.tokens["phase"]`."""
+
+RECORDABLE = ("ids", "weights", "entropy", "margin", "logits", "norms", "profiles")
+"""What `runs.recorded` can name. `ids` is always there."""
+
+STATUSES = ("running", "finished", "interrupted", "failed")
+
+UNKNOWN_TOKEN = -1
+"""`tokens.token_id` where the id is not known, as in routing that came without its text."""
+
+READ_WAIT = 10.0
+"""Seconds a reader waits for a writer that is committing."""
+
+# Row groups of 122,880 rows leave the last block of each column half empty: blocks of 128 kB instead of DuckDB's 256 kB
+# save 4% of the file. Below 64 kB the small columns no longer compress.
+BLOCK_SIZE = 131_072
+
+SCHEMA = f"""
+CREATE TYPE phase AS ENUM {PHASES};
+CREATE TABLE format (version INTEGER, written_by VARCHAR);
+CREATE TABLE runs (
+    run VARCHAR, model VARCHAR, revision VARCHAR, family VARCHAR, engine VARCHAR, dtype VARCHAR, recipe JSON,
+    recorded VARCHAR[], corpus JSON, versions JSON, started TIMESTAMP, finished TIMESTAMP, status VARCHAR);
+CREATE TABLE layers (
+    run VARCHAR, layer USMALLINT, name VARCHAR, n_experts INTEGER, top_k INTEGER, n_shared INTEGER, gating VARCHAR,
+    stack VARCHAR);
+CREATE TABLE sequences (
+    run VARCHAR, seq INTEGER, sha256 VARCHAR, n_prompt INTEGER, n_tokens INTEGER, lang VARCHAR, domain VARCHAR,
+    source VARCHAR, segment_id VARCHAR, metadata JSON);
+CREATE TABLE tokens (run VARCHAR, seq INTEGER, pos INTEGER, token_id INTEGER, phase phase, nll FLOAT);
+CREATE TABLE vocabulary (run VARCHAR, token_id INTEGER, text VARCHAR);
+CREATE TABLE routing (
+    run VARCHAR, seq INTEGER, pos INTEGER, layer USMALLINT, scale FLOAT, experts USMALLINT[], weights USMALLINT[],
+    entropy FLOAT, margin FLOAT, logits FLOAT[], norms FLOAT[]);
+CREATE TABLE profiles (run VARCHAR, seq INTEGER, layer USMALLINT, probs FLOAT[]);
+CREATE VIEW selections AS
+    SELECT run, seq, pos, layer, unnest(range(len(experts)))::USMALLINT AS rank, unnest(experts) AS expert,
+        unnest(weights)::FLOAT / 65535::FLOAT * scale AS weight
+    FROM routing;
+"""
+
+TABLES = ("runs", "layers", "sequences", "tokens", "vocabulary", "routing", "profiles", "selections")
+"""What can be queried and exported; the last one is a view."""
+
+# Every read-only connection of a process has these same settings, because DuckDB shares one instance among connections
+# to the same file and refuses a second one that is configured differently.
+_LOCKED = {"enable_external_access": "false", "python_enable_replacements": "false", "lock_configuration": "true"}
+_BUSY = re.compile(r"set lock on file|different configuration|already attached|unique file handle", re.IGNORECASE)
+
+
+def create(path: Path) -> None:
+    """Write an empty trace at `path`, which must not exist."""
+    con = duckdb.connect(str(path), config={"default_block_size": str(BLOCK_SIZE)})
+    try:
+        con.execute(SCHEMA)
+        con.execute("INSERT INTO format VALUES (?, ?)", [FORMAT, f"duckdb {duckdb.__version__}"])
+    finally:
+        con.close()
+
+
+@contextmanager
+def reading(path: str | os.PathLike, *, wait: float = READ_WAIT) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A read-only connection to the trace at `path` that can touch nothing else: no files, no network, no Python names.
+
+    Waits up to `wait` seconds for a writer that is committing. InputError if the file is not a readable trace.
+    """
+    con = connect(path, wait=wait)
+    try:
+        yield con
+    finally:
+        con.close()
+
+
+@contextmanager
+def writing(path: str | os.PathLike, *, wait: float) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection that can write to the trace at `path`; an unfinished transaction is dropped with it."""
+    con = connect(path, read_only=False, wait=wait)
+    try:
+        yield con
+    finally:
+        con.close()
+
+
+def connect(path: str | os.PathLike, *, read_only: bool = True, wait: float = READ_WAIT) -> duckdb.DuckDBPyConnection:
+    """Open and check the trace at `path`; see `reading`."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file. Write one with `workbench trace --out {path}`.")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; expected a trace file.")
+    con = _open(path, read_only, wait)
+    try:
+        _check(con, path)
+    except BaseException:
+        con.close()
+        raise
+    return con
+
+
+def _open(path: Path, read_only: bool, wait: float) -> duckdb.DuckDBPyConnection:
+    patience = time.monotonic() + wait
+    while True:
+        try:
+            # A dict of its own for each call: DuckDB may keep it.
+            return duckdb.connect(str(path), read_only=read_only, config=dict(_LOCKED) if read_only else {})
+        except duckdb.Error as error:
+            if not _BUSY.search(str(error)):
+                raise InputError(_why_not(path, error)) from error
+            if time.monotonic() > patience:
+                raise InputError(
+                    f"{path} is in use by another process and stayed locked for {wait:.0f} s. "
+                    f"Try again, or end that process. DuckDB says: {first_line(error)}"
+                ) from error
+        time.sleep(0.02)
+
+
+def _why_not(path: Path, error: duckdb.Error) -> str:
+    if not os.access(path, os.R_OK):
+        return f"{path} can't be read: permission denied."
+    if path.stat().st_size == 0:
+        return f"{path} is empty; expected a trace file. Delete it and trace again."
+    text = str(error)
+    if "not a valid DuckDB database" in text:
+        return f"{path} is not a trace: it is not a DuckDB file. Expected a file written by `workbench trace`."
+    if "version number" in text or "newer version" in text:
+        return f"{path} was written by a newer DuckDB: update it, `pip install -U duckdb`. It says: {first_line(error)}"
+    return (
+        f"{path} is damaged or cut short and can't be opened. Copy it again from where it came, or trace again. "
+        f"DuckDB says: {first_line(error)}"
+    )
+
+
+def _check(con: duckdb.DuckDBPyConnection, path: Path) -> None:
+    """Refuse a DuckDB file that isn't a whole trace of this format."""
+    try:
+        names = con.execute("SELECT table_name FROM duckdb_tables() WHERE NOT internal").fetchall()
+        found = {name for (name,) in names}
+        version = con.execute("SELECT max(version) FROM format").fetchall()[0][0] if "format" in found else None
+        block_size, blocks = con.execute("SELECT block_size, total_blocks FROM pragma_database_size()").fetchall()[0]
+    except duckdb.Error as error:
+        raise InputError(_why_not(path, error)) from error
+    if version is None:
+        raise InputError(
+            f"{path} is a DuckDB file but not a trace: it has no table `format` (its tables: "
+            f"{', '.join(sorted(found)) or 'none'}). Expected a file written by `workbench trace`."
+        )
+    if version > FORMAT:
+        raise InputError(
+            f"{path} has trace format {version}; this workbench reads format {FORMAT}. Update the workbench."
+        )
+    if version < FORMAT:
+        raise InputError(f"{path} has trace format {version}, which this workbench can't read or migrate. Trace again.")
+    if missing := set(TABLES) - {"selections"} - found:
+        raise InputError(f"{path} lacks the tables {', '.join(sorted(missing))}: it was changed after it was written.")
+    # DuckDB opens a truncated file and fails only on the first query that needs the lost part.
+    if path.stat().st_size < blocks * block_size:
+        raise InputError(
+            f"{path} is cut short: {path.stat().st_size:,} bytes of at least {blocks * block_size:,}. "
+            "Copy it again from where it came, or trace again."
+        )
+
+
+def runs(con: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
+    """Name and status of each run in the file, in the order they were started."""
+    rows = con.execute("SELECT run, status, finished FROM runs ORDER BY started, rowid").fetchall()
+    return [{"run": run, "status": status, "finished": finished} for run, status, finished in rows]
+
+
+def find_run(con: duckdb.DuckDBPyConnection, path: str | os.PathLike, run: str | None) -> str:
+    """The run called `run`; for None the only one, or the last finished one. InputError if there is no such run."""
+    known = runs(con)
+    if not known:
+        raise InputError(f"{path} holds no run. Write one with `workbench trace --out {path} --append`.")
+    if run is None:
+        finished = [row for row in known if row["status"] == "finished"]
+        return max(finished, key=lambda row: row["finished"])["run"] if finished else known[-1]["run"]
+    if run not in {row["run"] for row in known}:
+        listed = ", ".join(f"{row['run']} ({row['status']})" for row in known)
+        raise InputError(f"no run {run!r} in {path}. It holds: {listed}.")
+    return run
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,337 @@
+"""Write a trace: whole sequences in large transactions, on a thread of its own, with flat memory.
+
+>>> with Writer("trace.duckdb", run, layers) as writer:      # doctest: +SKIP
+...     writer.add_vocabulary({17: "the"})
+...     writer.append(block)
+
+After a kill -9 at any moment the file opens and holds only whole blocks. The file is held only while a transaction is
+committed, so other processes can read a run while it grows.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import filelock
+
+from workbench import schema
+from workbench.errors import InputError, RunError
+from workbench.routing import NO_EXPERT
+from workbench.schema import PHASES, RECORDABLE, UNKNOWN_TOKEN
+from workbench.transaction import Block, Transaction, as_json, clean, insert_rows
+
+__all__ = ["PHASES", "RECORDABLE", "UNKNOWN_TOKEN", "Block", "Writer", "check_target"]
+
+MODES = ("new", "overwrite", "append", "resume")
+QUEUE_BYTES = 64 << 20
+READERS_WAIT = 600.0
+"""Seconds to wait for readers to let go of the file before the run fails."""
+
+_RUN_TEXT = ("run", "model", "revision", "family", "engine", "dtype")
+_RUN_JSON = ("recipe", "corpus", "versions")
+
+
+def check_target(path: str | os.PathLike, mode: str) -> None:
+    """InputError if a run can't be written to `path` in this mode; changes nothing."""
+    path = Path(path)
+    if mode not in MODES:
+        raise InputError(f"mode {mode!r}: expected one of {', '.join(MODES)}.")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file in it, such as {path / 'trace.duckdb'}.")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is not a folder: create it first, or write elsewhere.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"can't write to the folder {path.parent}: permission denied.")
+    if mode == "new" and path.exists():
+        raise InputError(
+            f"{path} exists. Replace it with --overwrite, finish its run with --resume, or add a run with --append."
+        )
+    if mode == "append" and not path.exists():
+        raise InputError(f"{path} does not exist, so no run can be added to it. Leave out --append.")
+    if mode in ("append", "resume") and path.exists():
+        schema.connect(path).close()
+
+
+class Writer:
+    """Appends blocks to one run of a trace; use it as a context manager.
+
+    run     run (its name, unique in the file), model, revision, family, engine, dtype, recorded (of RECORDABLE), and as
+            anything that JSON can hold: recipe, corpus, versions
+    layers  one dict a router, in order of execution: name, n_experts, top_k, n_shared, gating, stack
+    mode    "new" refuses an existing file; "overwrite" replaces it (the old one stays beside it, as `.NAME.before`,
+            until the new run has finished); "append" adds a run; "resume" continues the run of that name, or begins it
+            if there is no file yet
+
+    Raises InputError if the run can't be written as asked, RunError if it breaks off; what was committed is kept.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, run: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], *, mode: str = "new"
+    ):
+        self.path = Path(path)
+        self.mode = mode
+        self.run = _run_row(run)
+        self.layers = _layer_rows(self.run["run"], layers)
+        self.finished_sequences: set[int] = set()
+        """Ids of the sequences that the file already held when the writer was opened."""
+        self._lock = filelock.FileLock(self.path.parent / f".{self.path.name}.lock", timeout=0)
+        self._before = self.path.parent / f".{self.path.name}.before"
+        self._known_tokens: set[int] = set()
+        self._committed = [0, 0]  # sequences, tokens
+        self._queue: deque[Block | dict[int, str]] = deque()
+        self._queued = 0  # bytes
+        self._changed = threading.Condition()
+        self._closing = False
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="trace writer", daemon=True)
+
+    def __enter__(self) -> "Writer":
+        check_target(self.path, self.mode)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise InputError(
+                f"{self.path} is being written by another process. Wait for it to finish, or write to another file."
+            ) from None
+        try:
+            check_target(self.path, self.mode)  # again: the file may have come into being before the lock was ours
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._thread.start()
+        return self
+
+    def append(self, block: Block) -> None:
+        """Queue whole sequences; waits while the queue is full. Raises what went wrong with earlier blocks."""
+        self._put(block, block.nbytes)
+
+    def add_vocabulary(self, texts: Mapping[int, str]) -> None:
+        """Texts of token ids; call it before the block in which they first occur. Ids that are known are skipped."""
+        self._put(dict(texts), 0)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        status = "finished" if kind is None else "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
+        try:
+            with self._changed:
+                self._closing = True
+                self._changed.notify_all()
+            self._thread.join()
+            self._close(status if self._error is None else "failed")
+        finally:
+            self._lock.release()
+        if self._error is not None and kind is None:
+            raise self._error
+
+    # --- main thread
+
+    def _put(self, item: Block | dict[int, str], nbytes: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or not self._queued or self._queued + nbytes <= QUEUE_BYTES)
+            if self._error is not None:
+                raise self._error
+            self._queue.append(item)
+            self._queued += nbytes
+            self._changed.notify_all()
+
+    def _open(self) -> None:
+        if self.mode == "overwrite" and self.path.exists():
+            _move(self.path, self._before)
+        fresh = not self.path.exists()
+        # A new file gets its name only when it is a trace: a reader never sees one without tables.
+        target = self.path.parent / f".{self.path.name}.new" if fresh else self.path
+        try:
+            if fresh:
+                _delete(target)
+                schema.create(target)
+            with schema.writing(target, wait=READERS_WAIT) as con:
+                if self.mode == "resume" and not fresh:
+                    self._resume(con)
+                else:
+                    self._begin(con)
+            if fresh:
+                os.replace(target, self.path)
+        except duckdb.Error as error:
+            raise RunError(f"{self.path} can't be written: {schema.first_line(error)}") from error
+        finally:
+            if fresh:
+                _delete(target)
+                if not self.path.exists() and self._before.exists():
+                    _move(self._before, self.path)
+
+    def _begin(self, con: duckdb.DuckDBPyConnection) -> None:
+        taken = [row["run"] for row in schema.runs(con)]
+        if self.run["run"] in taken:
+            raise InputError(
+                f"{self.path} already has a run {self.run['run']!r}. Give this one another name with --run, "
+                "or finish the old one with --resume."
+            )
+        con.execute("BEGIN")
+        insert_rows(con, "runs", [self.run | {"started": _now(), "status": "running"}])
+        insert_rows(con, "layers", self.layers)
+        con.execute("COMMIT")
+
+    def _resume(self, con: duckdb.DuckDBPyConnection) -> None:
+        name = schema.find_run(con, self.path, self.run["run"])
+        had = con.sql("SELECT * FROM runs WHERE run = ?", params=[name]).to_arrow_table().to_pylist()[0]
+        for key in ("model", "revision", "family", "engine", "dtype", "recipe", "recorded", "corpus"):
+            if had[key] != self.run[key]:
+                raise InputError(
+                    f"run {name!r} in {self.path} can't be resumed: its {key} is {had[key]!r}, now it is "
+                    f"{self.run[key]!r}. Resume with what it was begun with, or use --append or --overwrite."
+                )
+        layers = con.sql("SELECT * FROM layers WHERE run = ? ORDER BY layer", params=[name])
+        if layers.to_arrow_table().to_pylist() != self.layers:
+            raise InputError(f"run {name!r} in {self.path} can't be resumed: the model's MoE layers are not the same.")
+        done = con.execute("SELECT seq, n_tokens FROM sequences WHERE run = ?", [name]).fetchall()
+        self.finished_sequences = {seq for seq, _ in done}
+        self._committed = [len(done), sum(n for _, n in done)]
+        known = con.execute("SELECT token_id FROM vocabulary WHERE run = ?", [name]).fetchall()
+        self._known_tokens = {token_id for (token_id,) in known}
+        con.execute("UPDATE runs SET status = 'running', finished = NULL WHERE run = ?", [name])
+
+    def _close(self, status: str) -> None:
+        try:
+            with schema.writing(self.path, wait=READERS_WAIT) as con:
+                values = [status, _now() if status == "finished" else None, self.run["run"]]
+                con.execute("UPDATE runs SET status = ?, finished = ? WHERE run = ?", values)
+        except (duckdb.Error, InputError) as error:
+            self._error = self._error or self._broke(error)
+            return
+        if status == "finished":
+            _delete(self._before)
+        elif self._before.exists() and not self._committed[0]:
+            _move(self._before, self.path)
+
+    # --- writer thread
+
+    def _work(self) -> None:
+        """Take blocks until closed; commit when enough is pending or the oldest has waited long enough."""
+        pending = Transaction(self.run["run"], self.run["recorded"], self.layers)
+        try:
+            done = False
+            while not done:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._queue or self._closing, timeout=pending.seconds_left())
+                    item = self._queue.popleft() if self._queue else None
+                    done = item is None and self._closing
+                if item is not None:
+                    self._take(item, pending)
+                if done or pending.full() or pending.seconds_left() == 0:
+                    self._commit(pending)
+        except Exception as error:  # whatever it is, the main thread has to hear of it
+            with self._changed:
+                self._error = self._broke(error)
+                self._queue.clear()
+                self._changed.notify_all()
+
+    def _take(self, item: Block | dict[int, str], pending: Transaction) -> None:
+        if isinstance(item, dict):
+            pending.name(item, self._known_tokens)
+            return
+        try:
+            pending.add(item)
+        except RunError:
+            self._commit(pending)  # the blocks before the bad one are whole
+            raise
+        with self._changed:
+            self._queued -= item.nbytes
+            self._changed.notify_all()
+
+    def _commit(self, pending: Transaction) -> None:
+        if pending.empty():
+            return
+        with schema.writing(self.path, wait=READERS_WAIT) as con:
+            con.execute("BEGIN")
+            pending.insert(con)
+            con.execute("COMMIT")
+        self._committed[0] += len(pending.sequences)
+        self._committed[1] += pending.n_tokens
+        self._known_tokens.update(pending.vocabulary)
+        pending.clear()
+
+    def _broke(self, error: Exception) -> RunError:
+        """The error together with what it means for the file."""
+        why = schema.first_line(error).rstrip(".")
+        if any(sign in str(error) for sign in ("No space left", "File too large", "Disk quota")):
+            why = f"the disk is full ({why})"
+        try:
+            with schema.reading(self.path) as con:
+                query = "SELECT count(*), coalesce(sum(n_tokens), 0)::BIGINT FROM sequences WHERE run = ?"
+                n, tokens = con.execute(query, [self.run["run"]]).fetchall()[0]
+            kept = f"{n:,} whole sequences ({tokens:,} tokens) are kept in it; --resume continues from there."
+        except (InputError, duckdb.Error) as worse:
+            kept = f"{self._committed[0]:,} sequences had been written, but now the file can't be read: {worse}"
+        old = f" The file it was to replace is kept as {self._before}." if self._before.exists() else ""
+        broken = RunError(f"writing {self.path} failed: {why}. {kept}{old}")
+        broken.__cause__ = error
+        return broken
+
+
+def _run_row(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of `runs` that the caller gives, as the file holds them."""
+    if unknown := set(run) - {*_RUN_TEXT, *_RUN_JSON, "recorded"}:
+        raise InputError(f"a run has no {', '.join(sorted(unknown))}; expected {', '.join((*_RUN_TEXT, *_RUN_JSON))}.")
+    if not run.get("run"):
+        raise InputError("the run has no name: give --run NAME.")
+    asked = {"ids", *(run.get("recorded") or ())}
+    if unknown := asked - set(RECORDABLE):
+        raise InputError(f"can't record {', '.join(sorted(unknown))}; choose from {', '.join(RECORDABLE)}.")
+    row: dict[str, Any] = {name: clean(run.get(name)) for name in _RUN_TEXT}
+    row |= {name: None if run.get(name) is None else as_json(run[name]) for name in _RUN_JSON}
+    return row | {"recorded": [name for name in RECORDABLE if name in asked]}
+
+
+def _layer_rows(run: str, layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for index, layer in enumerate(layers):
+        n_experts, top_k = int(layer["n_experts"]), int(layer["top_k"])
+        if layer.get("layer", index) != index:
+            raise InputError(f"layer {layer['layer']} comes at place {index}: layers are numbered from 0, in order.")
+        if not 1 <= top_k <= n_experts < NO_EXPERT:
+            raise InputError(
+                f"layer {index}: top-{top_k} of {n_experts} experts; expected 1 <= top_k <= n_experts < {NO_EXPERT}."
+            )
+        rows.append(
+            {
+                "run": run,
+                "layer": index,
+                "name": clean(layer["name"]),
+                "n_experts": n_experts,
+                "top_k": top_k,
+                "n_shared": int(layer.get("n_shared") or 0),
+                "gating": clean(layer.get("gating")),
+                "stack": clean(layer.get("stack") or "decoder"),
+            }
+        )
+    if not rows:
+        raise InputError("a run needs at least one MoE layer.")
+    return rows
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+def _wal(path: Path) -> Path:
+    return path.with_name(path.name + ".wal")
+
+
+def _move(path: Path, to: Path) -> None:
+    """Rename a trace and its write-ahead log, which DuckDB finds by name. If `to` exists, that is kept."""
+    if to.exists():
+        _delete(path)
+        return
+    if _wal(path).exists():
+        os.replace(_wal(path), _wal(to))
+    os.replace(path, to)
+
+
+def _delete(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    _wal(path).unlink(missing_ok=True)

@@ -1,0 +1,257 @@
+"""Read a trace: `Trace` answers questions about one run of a trace file as arrays, tables or SQL.
+
+>>> trace = Trace("udhr.duckdb")                            # doctest: +SKIP
+>>> trace.experts(layer=3)                                  # uint16 (n_tokens, top_k)     doctest: +SKIP
+>>> trace.sql("SELECT lang, sum(n_tokens) FROM sequences GROUP BY lang")                   # doctest: +SKIP
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from workbench import schema
+from workbench.errors import InputError
+from workbench.routing import NO_EXPERT
+from workbench.transaction import to_float
+
+
+class Trace:
+    """One run of a trace file, as it stood when the Trace was made: a run that goes on growing does not change it.
+
+    path  the file
+    run   name of the run; None for the only one, or the last that finished
+
+    The file is opened for a question at a time, read-only, and never read whole: an array of one layer is the most that
+    is held. Arrays of tokens are in the order of `tokens()`: by sequence, then position.
+    Raises InputError if the file is not a readable trace or has no such run.
+    """
+
+    def __init__(self, path: str | os.PathLike, run: str | None = None):
+        self.path = Path(path)
+        with schema.reading(self.path) as con:
+            self.run = schema.find_run(con, self.path, run)
+            self.layers: pd.DataFrame = con.execute(
+                "SELECT * EXCLUDE (run) FROM layers WHERE run = ? ORDER BY layer", [self.run]
+            ).df()
+            (recorded,) = con.execute("SELECT recorded FROM runs WHERE run = ?", [self.run]).fetchall()[0]
+            query = "SELECT seq, n_tokens FROM sequences WHERE run = ? ORDER BY seq"
+            found = con.execute(query, [self.run]).fetchnumpy()
+        self.recorded: frozenset[str] = frozenset(recorded)
+        """What the run recorded, of `workbench.schema.RECORDABLE`."""
+        self._seqs = np.asarray(found["seq"], dtype=np.int32)
+        self._lengths = np.asarray(found["n_tokens"], dtype=np.int64)
+        self._starts = np.cumsum(self._lengths) - self._lengths
+
+    def __repr__(self) -> str:
+        size = f"{self.n_tokens:,} tokens, {self.n_sequences:,} sequences, {self.n_layers} layers"
+        return f"Trace({str(self.path)!r}, run={self.run!r}: {size})"
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self._lengths.sum())
+
+    @property
+    def n_sequences(self) -> int:
+        return len(self._seqs)
+
+    # --- tables
+
+    def runs(self) -> pd.DataFrame:
+        """Every run in the file: the table `runs`, with its JSON columns as Python values."""
+        with schema.reading(self.path) as con:
+            frame = con.execute("SELECT * FROM runs ORDER BY started, rowid").df()
+        for name in ("recipe", "corpus", "versions"):
+            frame[name] = [json.loads(text) if isinstance(text, str) else None for text in frame[name]]
+        return frame
+
+    def sequences(self) -> pd.DataFrame:
+        """One row a sequence, by `seq`: the table `sequences`, with each key of the metadata as a column of its own.
+
+        A key that is already the name of a column gets the prefix `metadata_`.
+        """
+        with schema.reading(self.path) as con:
+            frame = con.execute("SELECT * EXCLUDE (run) FROM sequences WHERE run = ? ORDER BY seq", [self.run]).df()
+        frame = frame[frame["seq"].isin(self._seqs)].reset_index(drop=True)
+        metadata = pd.DataFrame([json.loads(text) for text in frame.pop("metadata")], index=frame.index)
+        return frame.join(metadata.rename(columns={name: f"metadata_{name}" for name in metadata if name in frame}))
+
+    def tokens(self) -> pd.DataFrame:
+        """One row a token: seq, pos, token_id (-1 unknown), phase (categorical), nll (nats, NaN unknown)."""
+        with schema.reading(self.path) as con:
+            frame = con.execute(
+                "SELECT seq, pos, token_id, phase, nll FROM tokens WHERE run = ? ORDER BY seq, pos", [self.run]
+            ).df()
+        return frame[frame["seq"].isin(self._seqs)].reset_index(drop=True)
+
+    def vocabulary(self) -> pd.DataFrame:
+        """token_id, text: the ids that occur in the run, by id."""
+        with schema.reading(self.path) as con:
+            return con.execute("SELECT token_id, text FROM vocabulary WHERE run = ? ORDER BY token_id", [self.run]).df()
+
+    def sequence_index(self) -> np.ndarray:
+        """int32 (n_tokens,): the row of `sequences()` that each token belongs to."""
+        return np.repeat(np.arange(self.n_sequences, dtype=np.int32), self._lengths)
+
+    def sql(self, query: str) -> pd.DataFrame:
+        """The answer to a query over the tables of the whole file (all runs), as it stands now.
+
+        The connection can read this file and nothing else: no other file, no network, no settings, no writing.
+        """
+        with schema.reading(self.path) as con:
+            try:
+                result = con.execute(query)
+                return result.df() if result.description else pd.DataFrame()
+            except duckdb.Error as error:
+                raise InputError(f"the query failed: {error}") from error
+
+    # --- arrays of one layer
+
+    def experts(self, layer: int) -> np.ndarray:
+        """uint16 (n_tokens, top_k): ids in the router's own rank order, NO_EXPERT (65535) where there is none."""
+        return self._lists("experts", layer, self._layer(layer)["top_k"], np.uint16, NO_EXPERT)
+
+    def weights(self, layer: int) -> np.ndarray:
+        """float32 (n_tokens, top_k): gate weights >= 0 beside `experts`, 0 where there is no expert."""
+        self._need("weights")
+        rows = self._read(layer, "weights", "scale")
+        fixed = _matrix(rows["weights"], self._layer(layer)["top_k"], np.uint16, 0)
+        return self._place(rows, to_float(fixed, rows["scale"].to_numpy()[:, None]), np.float32(0))
+
+    def norms(self, layer: int) -> np.ndarray:
+        """float32 (n_tokens, top_k): L2 norm of each chosen expert's output before weighting, 0 where there is none."""
+        self._need("norms")
+        return self._lists("norms", layer, self._layer(layer)["top_k"], np.float32, 0)
+
+    def logits(self, layer: int) -> np.ndarray:
+        """float32 (n_tokens, E): router logits before gating."""
+        self._need("logits")
+        return self._lists("logits", layer, self._layer(layer)["n_experts"], np.float32, np.nan)
+
+    def entropy(self, layer: int) -> np.ndarray:
+        """float32 (n_tokens,): nats, of the full router distribution; NaN where the router has no scores."""
+        return self._numbers("entropy", layer)
+
+    def margin(self, layer: int) -> np.ndarray:
+        """float32 (n_tokens,): k-th minus (k+1)-th score of the router's top-k; NaN where k = E or it has no scores."""
+        return self._numbers("margin", layer)
+
+    def profiles(self, layer: int) -> np.ndarray:
+        """float32 (n_sequences, E): mean router probabilities of a sequence's tokens; rows as in `sequences()`."""
+        self._need("profiles")
+        n_experts = self._layer(layer)["n_experts"]
+        query = "SELECT seq, probs FROM profiles WHERE run = ? AND layer = ?"
+        with schema.reading(self.path) as con:
+            rows = con.sql(query, params=[self.run, layer]).to_arrow_table()
+        at, known = self._find(rows["seq"].to_numpy())
+        out = np.full((self.n_sequences, n_experts), np.nan, dtype=np.float32)
+        out[at[known]] = _matrix(rows["probs"], n_experts, np.float32, np.nan)[known]
+        return out
+
+    def _layer(self, layer: int) -> pd.Series:
+        if not 0 <= layer < self.n_layers:
+            raise InputError(f"layer {layer}: run {self.run!r} has layers 0 to {self.n_layers - 1}.")
+        return self.layers.iloc[layer]
+
+    def _need(self, name: str) -> None:
+        if name not in self.recorded:
+            had = ", ".join(name for name in schema.RECORDABLE if name in self.recorded)
+            raise InputError(
+                f"{name} {'was' if name in ('entropy', 'margin') else 'were'} not recorded in run {self.run!r} "
+                f"(it has {had}): trace again with --record {had.replace(' ', '')},{name}."
+            )
+
+    def _lists(self, name: str, layer: int, width: int, dtype: Any, fill: Any) -> np.ndarray:
+        rows = self._read(layer, name)
+        return self._place(rows, _matrix(rows[name], width, dtype, fill), fill)
+
+    def _numbers(self, name: str, layer: int) -> np.ndarray:
+        self._need(name)
+        rows = self._read(layer, name)
+        # Nulls become NaN only through a cast to float.
+        return self._place(rows, rows[name].to_numpy().astype(np.float32, copy=False), np.nan)
+
+    def _read(self, layer: int, *columns: str) -> pa.Table:
+        self._layer(layer)
+        query = f"SELECT seq, pos, {', '.join(columns)} FROM routing WHERE run = ? AND layer = ?"
+        with schema.reading(self.path) as con:
+            return con.sql(query, params=[self.run, layer]).to_arrow_table()
+
+    def _place(self, rows: pa.Table, values: np.ndarray, fill: Any) -> np.ndarray:
+        """Bring rows into the order of the tokens. Sorting is not needed: each row's place follows from seq and pos."""
+        at, known = self._find(rows["seq"].to_numpy())
+        at = self._starts[at] + rows["pos"].to_numpy()
+        if not known.all():  # sequences committed after this Trace was made
+            at, values = at[known], values[known]
+        if len(at) != self.n_tokens or (len(at) and at.max() >= self.n_tokens):
+            raise InputError(
+                f"{self.path}: run {self.run!r} has {len(at):,} routing rows for {self.n_tokens:,} tokens in a layer. "
+                "The file changed since this Trace was made, or is damaged: see `workbench validate`."
+            )
+        if np.array_equal(at, np.arange(len(at))):
+            return values
+        out = np.full((self.n_tokens, *values.shape[1:]), fill, dtype=values.dtype)
+        out[at] = values
+        return out
+
+    def _find(self, seq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row in `sequences()` of each id, and whether it is there."""
+        if not self.n_sequences:
+            return np.zeros(len(seq), dtype=np.int64), np.zeros(len(seq), dtype=bool)
+        at = np.minimum(np.searchsorted(self._seqs, seq), self.n_sequences - 1)
+        return at, self._seqs[at] == seq
+
+
+def _matrix(lists: pa.ChunkedArray, width: int, dtype: Any, fill: Any) -> np.ndarray:
+    """Lists of at most `width` values as an array (rows, width), shorter ones filled up."""
+    out = np.full((len(lists), width), fill, dtype=dtype)
+    row = 0
+    for chunk in lists.chunks:
+        n = len(chunk)
+        offsets = chunk.offsets.to_numpy()
+        values = chunk.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]] if n else []
+        counts = np.diff(offsets)
+        if n and len(values) == n * width and (counts == width).all():
+            out[row : row + n] = values.reshape(n, width)
+        elif n:
+            place = np.arange(len(values)) - np.repeat(offsets[:-1] - offsets[0], counts)
+            out[row + np.repeat(np.arange(n), counts), place] = values
+        row += n
+    return out
+
+
+def info(path: str | os.PathLike) -> dict[str, Any]:
+    """What a trace file holds, as nested facts that JSON can hold (times as datetime)."""
+    with schema.reading(path) as con:
+        (version,) = con.execute("SELECT version FROM format").fetchall()[0]
+        found = con.sql(_INFO).to_arrow_table().to_pylist()
+    for run in found:
+        for name in ("recipe", "corpus", "versions"):
+            run[name] = None if run[name] is None else json.loads(run[name])
+    return {"file": str(path), "bytes": Path(path).stat().st_size, "format": version, "runs": found}
+
+
+_INFO = """
+SELECT run, status, model, revision, family, engine, dtype, recorded, n_layers AS layers, experts, top_k,
+    coalesce(sequences, 0) AS sequences, coalesce(tokens, 0) AS tokens, coalesce(languages, 0) AS languages,
+    coalesce(domains, 0) AS domains, started, finished, recipe, corpus, versions
+FROM runs
+LEFT JOIN (
+    SELECT run, count(*) AS n_layers, list_sort(list(DISTINCT n_experts)) AS experts,
+        list_sort(list(DISTINCT top_k)) AS top_k
+    FROM layers GROUP BY run) USING (run)
+LEFT JOIN (
+    SELECT run, count(*) AS sequences, sum(n_tokens)::BIGINT AS tokens, count(DISTINCT lang) AS languages,
+        count(DISTINCT domain) AS domains
+    FROM sequences GROUP BY run) USING (run)
+ORDER BY started
+"""
