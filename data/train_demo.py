@@ -13,8 +13,8 @@ import json
 import lzma
 import math
 import os
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -324,6 +324,23 @@ class HeadLoss(torch.autograd.Function):
         return grad_hidden * grad, grad_weight * grad, None, None
 
 
+def gradients(model: OlmoeForCausalLM, rows: torch.Tensor, load: torch.Tensor, balance: float):
+    """rows (n, L + 1), load (layers, E) -> gradients of the parameters, loss, balancing loss, this batch's load.
+
+    Balance is kept a layer at a time (the stock loss sums over layers first, which hides opposite imbalances), without
+    padding, and against the running `load` of the last dozens of batches, so that one batch may well be uneven.
+    """
+    keep = (rows[:, 1:] != model.config.pad_token_id).flatten().float()
+    hidden, probabilities, chosen = forward(model, rows[:, :-1])
+    loss, _ = HeadLoss.apply(hidden, model.lm_head.weight, rows[:, 1:].flatten(), keep)
+    k, (n_layers, n_experts) = model.config.num_experts_per_tok, load.shape
+    mean = torch.stack([(p * keep[:, None]).sum(0) for p in probabilities]) / keep.sum()
+    aux = n_experts * (load * mean).sum() / n_layers
+    counts = [torch.zeros(n_experts).scatter_add(0, ids.flatten(), keep.repeat_interleave(k)) for ids in chosen]
+    grads = torch.autograd.grad(loss + balance * aux, list(model.parameters()))
+    return grads, loss.item(), aux.item(), torch.stack(counts) / (k * keep.sum())
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon/) over the last two dimensions, so that every expert has matrices
     of its own; torch.optim.Muon takes 2-D parameters only. A group's `rows` cuts fused gate_up parameters in two.
@@ -364,7 +381,8 @@ def optimizers(model: OlmoeForCausalLM, lr: float, muon_lr: float) -> list[torch
     if not matrices:
         return [adamw]
     rows = model.config.intermediate_size
-    return [adamw, Muon([{"params": fused, "rows": rows}, {"params": plain, "rows": None}], lr=muon_lr)]
+    # Two of about equal cost, which take their steps side by side.
+    return [Muon([{"params": fused, "rows": rows}], muon_lr), Muon([{"params": plain, "rows": None}], muon_lr), adamw]
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
@@ -394,12 +412,12 @@ def mutual_information(counts: np.ndarray, labels: np.ndarray) -> float:
     return float((joint[joint > 0] * np.log(joint[joint > 0] / independent[joint > 0])).sum())
 
 
-def evaluate(model: OlmoeForCausalLM, groups: list[dict]) -> dict:
+def evaluate(model: OlmoeForCausalLM, groups: list[dict], pool: ThreadPoolExecutor) -> dict:
     """Held-out losses by language and by domain, and how the routers spread their load and tell the two apart."""
     contexts = torch.from_numpy(np.concatenate([group["heldout"] for group in groups]).astype(np.int64))
     owner = np.repeat(np.arange(len(groups)), [len(group["heldout"]) for group in groups])
-    nats, tokens, counts = heldout_losses(model, contexts)
-    nats, tokens, counts = nats.double().numpy(), tokens.double().numpy(), counts.double().numpy()
+    parts = list(pool.map(lambda part: heldout_losses(model, part), contexts.split(64)))
+    nats, tokens, counts = (torch.cat(x, dim=-2 if x[0].ndim == 3 else 0).double().numpy() for x in zip(*parts, strict=True))
     size = np.array([int(group["bytes"]) for group in groups])
 
     def losses(members: np.ndarray) -> dict:
@@ -476,7 +494,9 @@ def main(
 ) -> None:
     """Train, or continue after a kill, and export."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k not in ("data", "work", "out")}
-    torch.set_num_threads(threads)
+    # Threads each take a part of the batch: on a shared machine that wastes less than splitting every product.
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer, groups = prepare(data, work, vocabulary, context)
@@ -489,8 +509,8 @@ def main(
     )  # fmt: skip
     model = OlmoeForCausalLM(config)
     params = list(model.parameters())
-    peaks = [lr, muon_lr]
     opts = optimizers(model, lr, muon_lr)
+    peaks = [opt.defaults["lr"] for opt in opts]
     sampler = torch.Generator().manual_seed(seed)
     # A fixed sample of held-out contexts, drawn as the training batches are, for the curve.
     probe = draw(groups, "heldout", torch.zeros(len(groups)), 128, torch.Generator().manual_seed(seed))
@@ -509,37 +529,31 @@ def main(
         """What training.json says of the model after `at`."""
         n_params = sum(p.numel() for p in params)
         done = {"step": at["step"], "tokens_seen": at["tokens"], "minutes": at["seconds"] / 60}
-        return {"command": " ".join(["python", *sys.argv]), "settings": settings, "parameters": n_params, **done}
+        options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+        command = f"python data/train_demo.py --data {data.name} --work WORK {options}"
+        return {"command": command, "settings": settings, "parameters": n_params, **done}
 
     started, saved_at = time.monotonic() - state["seconds"], time.monotonic()
-    while (seconds := time.monotonic() - started) < minutes * 60:
-        progress = seconds / (minutes * 60)
-        scale = min(1.0, progress / 0.02) * 0.5 * (1 + math.cos(math.pi * progress))
-        for opt, peak in zip(opts, peaks, strict=False):
+    while state["seconds"] < minutes * 60:
+        progress = state["seconds"] / (minutes * 60)
+        scale = min(1.0, (state["step"] + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress))
+        for opt, peak in zip(opts, peaks, strict=True):
             for group in opt.param_groups:
                 group["lr"] = peak * scale
         rows = draw(groups, "train", cursors, batch, sampler)
-        keep = (rows[:, 1:] != tokenizer.pad_token_id).flatten().float()
-        h, probabilities, chosen = forward(model, rows[:, :-1])
-        loss, _ = HeadLoss.apply(h, model.lm_head.weight, rows[:, 1:].flatten(), keep)
-        # Balance a layer at a time (the stock loss sums the layers first, which hides opposite imbalances), padding
-        # left out, against the load of the last dozens of batches, so that one batch may be uneven.
-        aux = torch.zeros(())
-        for i, (p, ids) in enumerate(zip(probabilities, chosen, strict=True)):
-            now = torch.zeros(experts).scatter_add(0, ids.flatten(), keep.repeat_interleave(top_k))
-            load[i].lerp_(now / now.sum(), 0.05)
-            aux = aux + experts * (load[i].clone() * (p * keep[:, None]).sum(0) / keep.sum()).sum() / layers
-        (loss + balance * aux).backward()
+        results = list(pool.map(lambda part: gradients(model, part, load, balance), rows.chunk(threads)))
+        for p, *grads in zip(params, *[grads for grads, *_ in results], strict=True):
+            p.grad = sum(grads) / len(grads)
+        loss, aux = (sum(r[i] for r in results) / len(results) for i in (1, 2))
+        load.lerp_(sum(r[3] for r in results) / len(results), 0.05)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        for opt in opts:
-            opt.step()
-            opt.zero_grad(set_to_none=True)
+        list(pool.map(lambda opt: opt.step(), opts))
         state["step"] += 1
-        state["tokens"] += int(keep.sum())
+        state["tokens"] += int((rows[:, 1:] != tokenizer.pad_token_id).sum())
         state["seconds"] = time.monotonic() - started
         if state["step"] % 25 == 0:
-            entropy = -(load * load.log()).sum(1) / math.log(experts)
-            row = {k: state[k] for k in ("step", "tokens", "seconds")} | {"loss": loss.item(), "aux": aux.item()}
+            entropy = torch.special.entr(load).sum(1) / math.log(experts)
+            row = {k: state[k] for k in ("step", "tokens", "seconds")} | {"loss": float(loss), "aux": float(aux)}
             row |= {"load_entropy": entropy.tolist(), "dead_experts": (load < 0.1 / experts).sum(1).tolist()}
             if state["step"] % 250 == 0:
                 nats, n, _ = heldout_losses(model, probe)
@@ -551,17 +565,17 @@ def main(
         if state["early"] is None and progress >= early:
             state["early"] = {k: state[k] for k in ("step", "tokens", "seconds")}
             export(model, tokenizer, out / "demo-early", describe(state["early"]))
-        if time.monotonic() - saved_at > 180:
+        if time.monotonic() - saved_at > 180 or state["seconds"] >= minutes * 60:
             saved = {"model": model.state_dict(), "optimizers": [opt.state_dict() for opt in opts], "state": state}
             saved |= {"sampler": sampler.get_state(), "cursors": cursors, "load": load}
             torch.save(saved, checkpoint.with_suffix(".part"))
             os.replace(checkpoint.with_suffix(".part"), checkpoint)
             saved_at = time.monotonic()
     print()
-    export(model, tokenizer, out / "demo", describe(state) | {"curve": state["curve"], "heldout": evaluate(model, groups)})
+    export(model, tokenizer, out / "demo", describe(state) | {"curve": state["curve"], "heldout": evaluate(model, groups, pool)})
     model.load_state_dict(OlmoeForCausalLM.from_pretrained(out / "demo-early", dtype=torch.float32).state_dict())
     curve = [row for row in state["curve"] if row["step"] <= state["early"]["step"]]
-    training = describe(state["early"]) | {"curve": curve, "heldout": evaluate(model, groups)}
+    training = describe(state["early"]) | {"curve": curve, "heldout": evaluate(model, groups, pool)}
     (out / "demo-early" / "training.json").write_text(json.dumps(training, indent=1) + "\n")
 
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-from workbench.models import Model, load
+from workbench.models import load
 
 transformers.logging.set_verbosity_error()
 
@@ -57,7 +56,7 @@ _COMMON: dict[str, Any] = {
     "linear_value_head_dim": 16,
     "index_head_dim": 16,
     "index_n_heads": 2,
-    "index_topk": 8,
+    "index_topk": 64,  # below a text's length, cached generation differs from one forward in transformers itself
     "max_position_embeddings": 256,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -66,6 +65,11 @@ _COMMON: dict[str, Any] = {
     "num_nextn_predict_layers": 0,
     "num_mtp_layers": 0,
 }
+# Names of one thing, of which a configuration has one or several.
+_SAME = (
+    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"),
+)
 _LATENT = {"head_dim": 8, "num_key_value_heads": 4}
 _MIXED = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 _VISION = {
@@ -83,7 +87,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "aria": ("aria_text", {"moe_num_experts": EXPERTS, "moe_topk": TOP_K, "moe_num_shared_experts": 1}),
     "axk1": ("axk1", _LATENT),
     "axk2": ("axk2", _LATENT),
-    "bailing_hybrid": ("bailing_hybrid", {}),
+    "bailing_hybrid": ("bailing_hybrid", {"num_key_value_heads": 4}),
     "beam": ("beam", {}),
     "cohere2_moe": ("cohere2_moe", {}),
     "dbrx": (
@@ -159,7 +163,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "glm5_next_text",
         {
             "num_key_value_heads": 4,
-            "index_topk": 16,
+            "index_topk": 64,  # below a text's length, cached generation differs from one forward in transformers itself
             "qk_rope_head_dim": 0,
             "layer_types": ["linear_attention", "full_attention", "full_attention"],
         },
@@ -247,6 +251,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_topk": TOP_K,
             "zero_expert_num": 2,
             "head_dim": 8,
+            "num_key_value_heads": 4,
         },
     ),
     "mellum": ("mellum", {}),
@@ -363,7 +368,11 @@ def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
     default = cls()
     known = {*default.to_dict(), *vars(default), *(getattr(cls, "attribute_map", None) or {})}
     values = {name: value for name, value in _COMMON.items() if name in known}
-    values |= needs | changes
+    values |= needs
+    for name, value in changes.items():
+        for aliases in _SAME:
+            values |= {alias: value for alias in aliases if name in aliases and alias in values}
+    values |= changes
     layers = values.get("num_hidden_layers", 3)
     for name in ("layer_types", "mlp_layer_types"):  # one entry a layer, and each kind once before any twice
         kinds = default.to_dict().get(name)
@@ -372,7 +381,7 @@ def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
     return cls(**{name: value for name, value in values.items() if value is not None})
 
 
-def module(family: str, seed: int = 0, **changes: Any) -> nn.Module:
+def module(family: str, seed: int = 0, **changes: Any) -> Any:
     """A tiny float32 model with random weights, in eval mode, its selection biases not zero."""
     cfg = config(family, **changes)
     with torch.random.fork_rng(devices=[]):
@@ -391,17 +400,17 @@ def module(family: str, seed: int = 0, **changes: Any) -> nn.Module:
     return made
 
 
-def model(family: str, seed: int = 0, **changes: Any) -> Model:
-    """A tiny model with its layers found, without a tokenizer."""
+def model(family: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny `workbench.models.Model`, without a tokenizer."""
     return load(module(family, seed, **changes))
 
 
-def inputs(made: nn.Module, batch: int = 2, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+def inputs(made: Any, batch: int = 2, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random token ids that avoid the special ones; for encoder–decoder models those of the decoder too."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
     given = {"input_ids": ids}
-    if made.config.is_encoder_decoder:  # type: ignore[union-attr]
+    if made.config.is_encoder_decoder:
         given["decoder_input_ids"] = ids[:, : length - 4].clone()
     return given
 

@@ -19,9 +19,9 @@ from workbench import corpus as corpora
 from workbench.errors import InputError, RunError
 from workbench.models import Model, load
 from workbench.recorder import Observation, Recorder
-from workbench.routing import NO_EXPERT, Routing
+from workbench.routing import Routing
 from workbench.schema import PHASES, RECORDABLE
-from workbench.store import Block, Writer
+from workbench.store import Block, Writer, check_target
 from workbench.tokenization import LongTexts, Sequence, batches, sequences, survey
 from workbench.tracefile import Trace
 
@@ -58,16 +58,18 @@ def trace(
     Raises InputError before anything is written if the request can't be met, RunError if the run breaks off; whole
     sequences committed until then stay in the file and `mode="resume"` continues.
     """
+    check_target(out, mode)  # before anything slow
     record = _recordable(record)
-    model = model if isinstance(model, Model) else load(model)
-    _check(model, batch_tokens, generate)
     sources = _read(corpus)
+    model = model if isinstance(model, Model) else load(model)
+    _check(model, max_tokens, batch_tokens, generate)
     limit = _max_length(model, max_length, generate)
 
     def texts() -> Iterator[Sequence]:
         found = sequences(
             sources, model.tokenizer, max_length=limit, long_texts=long_texts, generation_prompt=generate > 0
         )
+        found = _embeddable(found, model)
         return found if max_tokens is None else _until(found, max_tokens)
 
     plan = survey(tqdm(texts(), desc="reading", unit=" texts", disable=None if progress else True, leave=False))
@@ -118,9 +120,7 @@ def trace(
             named: set[int] = set()
             for batch in batches(texts(), batch_tokens):
                 if not done.issuperset(sequence.seq for sequence in batch):
-                    block = (
-                        _generated(model, recorder, batch, generate) if generate else _forward(model, recorder, batch)
-                    )
+                    block = _run(model, recorder, batch, generate)
                     new = set(np.unique(block.tokens["token_id"]).tolist()) - named
                     writer.add_vocabulary(_texts_of(model.tokenizer, sorted(new)))
                     writer.append(block)
@@ -142,14 +142,16 @@ def _observed(record: Several[str]) -> set[str]:
     return {"probabilities" if name == "profiles" else name for name in record} - {"ids"}
 
 
-def _check(model: Model, batch_tokens: int, generate: int) -> None:
+def _check(model: Model, max_tokens: int | None, batch_tokens: int, generate: int) -> None:
     if model.tokenizer is None:
         raise InputError(f"model {model.name} has no tokenizer: load it with `workbench.load(…, tokenizer=…)`")
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens}: give at least 1, or leave it out to trace the whole corpus")
     if batch_tokens < 1:
         raise InputError(f"batch_tokens is {batch_tokens}: a forward pass needs at least 1 token")
     if generate < 0:
         raise InputError(f"generate is {generate}: give the number of tokens to generate, 0 for none")
-    if generate and (model.module.config.is_encoder_decoder or not model.module.can_generate()):
+    if generate and (_reads_twice(model) or not _predicts_next(model)):
         raise InputError(f"{model.family} can't continue a text: trace it without --generate")
 
 
@@ -176,6 +178,18 @@ def _read(corpus: str | Path | corpora.Corpus | Several[str | Path | corpora.Cor
     if not several:
         raise InputError("no corpus: name at least one, such as `udhr` or a path")
     return [one if isinstance(one, corpora.Corpus) else corpora.read(one) for one in several]
+
+
+def _embeddable(found: Iterable[Sequence], model: Model) -> Iterator[Sequence]:
+    """The same sequences; InputError for a token id that the model has no embedding for."""
+    n = model.module.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    for sequence in found:
+        if sequence.token_ids.max() >= n:
+            raise InputError(
+                f"text {sequence.seq} has token id {sequence.token_ids.max()}, but {model.name} knows {n} tokens: "
+                "load it with the tokenizer it was trained with"
+            )
+        yield sequence
 
 
 def _until(found: Iterable[Sequence], max_tokens: int) -> Iterator[Sequence]:
@@ -223,6 +237,25 @@ def _pad_id(model: Model) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
+def _reads_twice(model: Model) -> bool:
+    return bool(getattr(getattr(model.module, "config", None), "is_encoder_decoder", False))
+
+
+def _run(model: Model, recorder: Recorder, batch: list[Sequence], generate: int) -> Block:
+    """The batch through the model; RunError says at which text it broke off."""
+    try:
+        return _generated(model, recorder, batch, generate) if generate else _forward(model, recorder, batch)
+    except RunError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        size = f"{len(batch)} × {max(len(sequence.token_ids) for sequence in batch)} tokens"
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(
+            f"the model failed on the batch of {size} that begins with text {batch[0].seq}: {why}. If memory ran out, "
+            "trace with a smaller --batch-tokens"
+        ) from error
+
+
 def _forward(model: Model, recorder: Recorder, batch: list[Sequence]) -> Block:
     """One forward pass over whole sequences.
 
@@ -230,9 +263,7 @@ def _forward(model: Model, recorder: Recorder, batch: list[Sequence]) -> Block:
     position means the same token in both stacks.
     """
     ids, mask = _padded(batch, _pad_id(model), "right", model.device)
-    decoder = (
-        {"decoder_input_ids": ids, "decoder_attention_mask": mask} if model.module.config.is_encoder_decoder else {}
-    )
+    decoder = {"decoder_input_ids": ids, "decoder_attention_mask": mask} if _reads_twice(model) else {}
     logits = getattr(model.module(input_ids=ids, attention_mask=mask, use_cache=False, **decoder), "logits", None)
     (observed,) = recorder.take()
     kept = mask.bool()
@@ -331,34 +362,40 @@ def _block(
     ]
     if any(n != len(s.token_ids) + g for s, n, g in zip(batch, lengths, generated, strict=True)):
         raise RunError("the attention mask lost tokens of a sequence")
+    places = None if bool(kept.all()) else kept.flatten().nonzero().squeeze(1)
     tokens = {
         "seq": np.repeat(np.array([s.seq for s in batch], dtype=np.int32), lengths),
         "pos": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-        "token_id": ids[kept].to(torch.int32).cpu().numpy(),
+        "token_id": _rows(ids, places).to(torch.int32).cpu().numpy(),
         "phase": phase,
         "nll": nll,
     }
     return Block(
         sequences=rows,
         tokens=tokens,
-        routing=[_routing(layer, kept) for layer in observed],
+        routing=[_routing(layer, places) for layer in observed],
         profiles=None if observed[0].probabilities is None else [_profile(layer, kept) for layer in observed],
     )
 
 
-def _routing(observed: Observation, kept: torch.Tensor) -> Routing:
+def _routing(observed: Observation, places: torch.Tensor | None) -> Routing:
     def rows(values: torch.Tensor | None) -> np.ndarray | None:
-        return None if values is None else values[kept].float().cpu().numpy()
+        return None if values is None else _rows(values, places).float().cpu().numpy()
 
-    experts = observed.experts[kept].cpu().numpy()
     return Routing(
-        experts=np.where(experts < 0, NO_EXPERT, experts.astype(np.uint16)),
+        experts=_rows(observed.experts, places).cpu().numpy().astype(np.uint16),  # -1 wraps to NO_EXPERT
         weights=rows(observed.weights),
         entropy=rows(observed.entropy),
         margin=rows(observed.margin),
         logits=rows(observed.logits),
         norms=rows(observed.norms),
     )
+
+
+def _rows(values: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """(B, S, …) as (n, …): the tokens at `places` of the flattened batch; None stands for all of them, uncopied."""
+    values = values.flatten(0, 1)
+    return values if places is None else values.index_select(0, places)
 
 
 def _profile(observed: Observation, kept: torch.Tensor) -> np.ndarray:

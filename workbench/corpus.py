@@ -170,9 +170,10 @@ def _read(source: str | Path, columns: dict[str, str], split: str, bad_rows: Bad
         files.check_format(path)
         name = files.stem(path)
         return Corpus(name, files.count_rows(path), lambda: _rows(files.records(path), columns, name), bad_rows)
-    if isinstance(source, str) and not files.is_data(path) and re.fullmatch(r"[\w.-]+/[\w.:-]+", source):
+    like_a_file = files.is_data(path) or path.parent.name and path.parent.is_dir()
+    if isinstance(source, str) and not like_a_file and re.fullmatch(r"[\w.-]+/[\w.:-]+", source):
         return _hub(source, columns, split, bad_rows)
-    if files.is_data(path) or len(path.parts) > 1:
+    if like_a_file or len(path.parts) > 1:
         raise InputError(f"{source}: no such file or folder. Check the path; bundled corpora: {_names()}.")
     close = difflib.get_close_matches(str(source), BUNDLED + SAMPLES, n=2, cutoff=0.5)
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
@@ -200,36 +201,37 @@ def _demo(columns: dict[str, str]) -> Iterator[Row | InputError]:
     """
     placed: list[tuple[float, str, list[Row]]] = []
     for name in BUNDLED:
-        segments: dict[str, list[Row]] = {}
+        domains: dict[str, dict[str, list[Row]]] = {}
         for row in _read(name, columns, "train", "refuse"):
-            segments.setdefault(row.segment_id or row.where, []).append(row)
-        order = sorted(segments, key=lambda segment: hashlib.sha256(segment.encode()).digest())
-        if name == "domains":
-            chosen = _some_of_each_domain(order, segments)
-        else:
-            short = [segment for segment in order if all(_bytes(row) <= DEMO_BYTES for row in segments[segment])]
-            chosen = short[: DEMO_SEGMENTS.get(name)]
-        placed += [((place + 0.5) / len(chosen), name, segments[segment]) for place, segment in enumerate(chosen)]
+            domains.setdefault(row.domain or "", {}).setdefault(row.segment_id or row.where, []).append(row)
+        for domain, segments in domains.items():
+            order = sorted(segments, key=lambda segment: hashlib.sha256(segment.encode()).digest())
+            candidates = [segments[segment] for segment in order]
+            if name == "domains":
+                chosen = list(_demo_passages(candidates))
+            else:
+                short = [rows for rows in candidates if max(map(_bytes, rows)) <= DEMO_BYTES]
+                chosen = short[: DEMO_SEGMENTS.get(name)]
+            placed += [((place + 0.5) / len(chosen), domain, rows) for place, rows in enumerate(chosen)]
     placed.sort(key=lambda item: item[:2])
     for _, _, rows in placed:
         yield from rows
 
 
+def _demo_passages(passages: Iterable[list[Row]]) -> Iterator[list[Row]]:
+    taken = 0
+    for rows in passages:
+        text = rows[0].text or ""
+        if sum(map(str.isdigit, text)) > len(text) / 4:  # tables of numbers: a token a digit
+            continue
+        if taken >= DEMO_CHARACTERS:
+            return
+        taken += len(text)
+        yield rows
+
+
 def _bytes(row: Row) -> int:
     return len((row.text or "").encode())
-
-
-def _some_of_each_domain(order: list[str], segments: dict[str, list[Row]]) -> list[str]:
-    taken: dict[str | None, int] = {}
-    chosen = []
-    for segment in order:
-        (row,) = segments[segment]
-        text = row.text or ""
-        table = sum(map(str.isdigit, text)) > len(text) / 4  # tables of numbers: a token a digit
-        if taken.get(row.domain, 0) < DEMO_CHARACTERS and not table:
-            taken[row.domain] = taken.get(row.domain, 0) + len(text)
-            chosen.append(segment)
-    return chosen
 
 
 def _rows(records: Iterable[files.Record], columns: dict[str, str], name: str) -> Iterator[Row | InputError]:

@@ -28,12 +28,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 LANGUAGES = (
-    "en de fr es it pt-BR ru zh-CN ja ko cs tr pl vi ar hi nl sv fi hu el id uk fa he th bn zh-TW ca nb da ro bg"
-).split()
+    "en", "de", "fr", "es", "it", "pt-BR", "ru", "zh-CN", "ja", "ko", "cs", "tr", "pl", "vi", "ar", "hi", "nl", "sv",
+    "fi", "hu", "el", "id", "uk", "fa", "he", "th", "bn", "zh-TW", "ca", "nb", "da", "ro", "bg",
+)  # fmt: skip
 DOMAINS = (
-    "fiction drama-dialogue dialogue software-manual software-ui software-messages technical-docs code-python code-c "
-    "code-go code-js code-rust math-formal math-word-problems biomedical legal legal-rights encyclopedic-glosses"
-).split()
+    "fiction", "drama-dialogue", "dialogue", "software-manual", "software-ui", "software-messages", "technical-docs",
+    "code-python", "code-c", "code-go", "code-js", "code-rust", "math-formal", "math-word-problems", "biomedical",
+    "legal", "legal-rights", "encyclopedic-glosses",
+)  # fmt: skip
 
 DIVERGING = ["#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#b2182b"]
 """Less to more, around "as expected": ColorBrewer's RdBu, safe for colour-blind readers."""
@@ -44,6 +46,15 @@ MOST_BANDS = 4
 """More lines than this in a panel, and their intervals would cover each other: they are left to the hover text."""
 MOST_LINES = 8
 """More lines than this, and each gets a panel of its own."""
+
+CONFIG = {
+    "displaylogo": False,
+    "displayModeBar": "hover",
+    "responsive": True,
+    "modeBarButtonsToRemove": ["sendChartToCloud", "select2d", "lasso2d", "autoScale2d"],
+    "toImageButtonOptions": {"format": "svg"},
+}
+"""Of interactive figures. No button may send data anywhere."""
 
 FORMATS = (".html", ".svg", ".png", ".pdf")
 WIDTH, HEIGHT = 1000, 420
@@ -78,7 +89,15 @@ def template() -> go.layout.Template:
         "xaxis": axis,
         "yaxis": axis,
         "hoverlabel": {"bgcolor": "white", "bordercolor": AXIS, "align": "left", "font": {"family": FONT, "size": 12}},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "font": {"size": 11}},
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "yref": "container",
+            "y": 0.995,
+            "yanchor": "top",
+            "font": {"size": 12},
+        },
         "annotationdefaults": {"font": {"size": 12, "color": INK}},
     }
     return go.layout.Template(layout=layout)
@@ -111,10 +130,19 @@ def ordered(labels: Iterable[str]) -> list[str]:
     return sorted(labels, key=lambda label: (known.index(label) if label in known else len(known), str(label)))
 
 
-def panels(titles: Sequence[str], columns: int) -> go.Figure:
-    """A figure of several panels, in rows of `columns`; panel i has the axes x{i+1} and y{i+1}."""
+def panels(
+    titles: Sequence[str], *, columns: int = 1, height: int = 300, legend: bool = False, tight: bool = False
+) -> go.Figure:
+    """A figure of several panels, in rows of `columns`; panel i has the axes x{i+1} and y{i+1}.
+
+    height  of one panel, in pixels
+    legend  leave room for one above
+    tight   less room between columns: only the first has labels on its vertical axis
+    """
     columns = min(columns, len(titles))
     n_rows = -(-len(titles) // columns)
+    top, bottom, gap = (64 if legend else 32), 48, 52
+    inner = n_rows * height + (n_rows - 1) * gap
     cells: list[dict | None] = [{} for _ in titles]
     cells += [None] * (n_rows * columns - len(titles))
     result = make_subplots(
@@ -122,12 +150,22 @@ def panels(titles: Sequence[str], columns: int) -> go.Figure:
         columns,
         subplot_titles=list(titles),
         specs=[cells[row * columns : (row + 1) * columns] for row in range(n_rows)],
-        horizontal_spacing=0.22 / columns if columns > 1 else 0,
-        vertical_spacing=0.26 / n_rows if n_rows > 1 else 0,
+        horizontal_spacing=(0.06 if tight else 0.2) / columns,
+        vertical_spacing=gap / inner if n_rows > 1 else 0,
     )
     result.update_annotations(font={"size": 12, "color": INK})
-    result.update_layout(template=template())
+    result.update_layout(template=template(), height=inner + top + bottom, margin={"t": top, "b": bottom})
+    if tight:
+        for panel in range(len(titles)):
+            if panel % columns:
+                result.update_layout({f"yaxis{panel + 1}": {"showticklabels": False}})
     return result
+
+
+def same_range(result: go.Figure) -> None:
+    """Give all panels the vertical range of the first."""
+    result.update_yaxes(matches="y")
+    result.layout.yaxis.matches = None  # an axis that follows itself
 
 
 def line(
@@ -154,9 +192,9 @@ def line(
         details, ends = np.column_stack([low, high]), " [%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
         known = np.isfinite(low) & np.isfinite(high)
         if band and known.any():
-            around = {"x": np.concatenate([x[known], x[known][::-1]]), "y": np.concatenate([high[known], low[known][::-1]])}
+            around = np.concatenate([x[known], x[known][::-1]])
             result.add_scatter(
-                **around, **axes, fill="toself", fillcolor=faded(style.colour), line={"width": 0}, hoverinfo="skip",
+                x=around, y=np.concatenate([high[known], low[known][::-1]]), **axes, fill="toself", fillcolor=faded(style.colour), line={"width": 0}, hoverinfo="skip",
                 mode="lines", showlegend=False, legendgroup=label,
             )  # fmt: skip
     result.add_scatter(
@@ -202,7 +240,8 @@ def ratio_scale(result: go.Figure, title: str) -> None:
     names[0], names[-1] = f"≤ {names[0]}", f"≥ {names[-1]}"
     bar = {
         "title": {"text": title, "font": {"size": 11, "color": MUTED}}, "tickvals": ticks, "ticktext": names,
-        "thickness": 12, "len": 1, "outlinewidth": 0, "tickfont": {"size": 11},
+        "thickness": 12, "lenmode": "pixels", "len": 240, "y": 1, "yanchor": "top", "outlinewidth": 0,
+        "tickfont": {"size": 11},
     }  # fmt: skip
     result.update_layout(coloraxis={"colorscale": DIVERGING, "cmin": -REACH, "cmax": REACH, "colorbar": bar})
 
@@ -241,7 +280,7 @@ def save(figure: go.Figure, path: str | os.PathLike, *, overwrite: bool = False)
         raise InputError(f"{path} ends in {ending!r}; a figure is written as {', '.join(FORMATS)}.")
     with new_file(path, overwrite) as partial:
         if ending == ".html":
-            text = figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False})
+            text = figure.to_html(include_plotlyjs=True, full_html=True, config=CONFIG)
             partial.write_text(text, encoding="utf-8")
         else:
             partial.write_bytes(image(figure, ending[1:]))
@@ -252,7 +291,9 @@ def image(figure: go.Figure, kind: str) -> bytes:
     try:
         import kaleido
     except ImportError:
-        raise InputError("images take the package kaleido: pip install 'moe-workbench[figures]'; .html works without.") from None
+        raise InputError(
+            "images (.svg, .png, .pdf) take the package kaleido: pip install 'moe-workbench[figures]'; .html doesn't."
+        ) from None
     browser = find_browser()
     options = {
         "format": kind,

@@ -13,7 +13,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from workbench.errors import InputError
 
@@ -120,7 +120,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         ) from None
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> io.BufferedIOBase:
     match path.suffix.lower():
         case ".gz":
             return gzip.open(path)
@@ -196,6 +196,8 @@ def _table(path: Path, delimiter: str) -> Iterator[Record]:
         header = next(reader, None)
         if header is None:
             return
+        if isinstance(wrong := _table_row(f"{path}:1", header, header), InputError):
+            raise wrong
         if len(set(header)) < len(header):
             twice = next(name for name in header if header.count(name) > 1)
             raise InputError(f"{path}:1: the column {twice!r} occurs twice; expected distinct names. Rename one.")
@@ -257,6 +259,6 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
 
 def _parquet_row(where: str, batch, place: int) -> dict[str, Any] | InputError:
     try:
-        return {name: batch.column(name)[place].as_py() for name in batch.schema.names}
+        return {name: column[place].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     except UnicodeDecodeError as error:
         return _not_utf8(where, error.start, error.object[error.start])

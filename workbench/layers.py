@@ -142,7 +142,7 @@ def _first(*places: tuple[Any, str]) -> Any:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 

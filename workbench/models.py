@@ -219,11 +219,11 @@ def _locate(model: str | Path) -> str:
     if text in _BUNDLED:
         return str(bundled.path(_BUNDLED[text]))
     path = Path(text).expanduser()
-    if path.is_dir():
+    if path.is_dir() and text.strip():
         if not (path / "config.json").is_file():
             raise InputError(f"{text}: the folder has no config.json. Expected a checkpoint saved by save_pretrained.")
         return str(path)
-    if path.exists():
+    if path.is_file():
         raise InputError(f"{text} is a file. Expected the folder of a checkpoint, or a Hub id.")
     if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text.strip():
         raise InputError(f"{text!r}: no such folder. Expected 'demo', the folder of a checkpoint, or a Hub id.")
@@ -295,5 +295,3 @@ def _explained(source: str) -> Iterator[None]:
         raise InputError(f"{source} can't be loaded: {lines[0]}") from error
     finally:
         logger.setLevel(level)
-
-

@@ -233,12 +233,12 @@ class Recorder:
         weights, ids = scores.detach().topk(layer.top_k, dim=-1)
         self._close(layer, (ids.masked_fill(weights == 0, -1), weights))
 
-    def _dense_norms(self, layer: Layer, out: Tensor) -> None:
+    def _dense_norms(self, layer: Layer, out: Any) -> None:
         seen = self._passes[-1][layer.index]
         by_expert = out.detach().float().view(layer.n_experts, -1, out.shape[-1]).norm(dim=-1)  # (E, T)
         seen.extras["norms"] = by_expert.t().gather(-1, seen.selection[0].clamp_min(0))
 
-    def _sorted_norms(self, layer: Layer, out: Tensor) -> None:
+    def _sorted_norms(self, layer: Layer, out: Any) -> None:
         seen = self._passes[-1][layer.index]
         seen.extras["norms"] = _unsort(seen.selection[0], out.detach().float().norm(dim=-1)).view(-1, layer.top_k)
 

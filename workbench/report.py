@@ -24,7 +24,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 import workbench
-from workbench import analysis
+from workbench import analysis, figures
 from workbench.analysis.alignment import POOLED
 from workbench.errors import InputError
 from workbench.export import csv_text
@@ -36,17 +36,11 @@ MOST_ROWS = 40
 """Rows of a table on the page; the whole table can be downloaded."""
 
 DRAW = """
-const figures = JSON.parse(document.getElementById("figures").textContent);
-for (const [id, figure] of Object.entries(figures)) {
-  Plotly.newPlot(id, figure.data, figure.layout, {responsive: true, displaylogo: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], toImageButtonOptions: {format: "svg", filename: id}});
-}
-addEventListener("beforeprint", () => {
-  for (const id of Object.keys(figures)) Plotly.relayout(id, {width: 680, autosize: false});
-});
-addEventListener("afterprint", () => {
-  for (const id of Object.keys(figures)) Plotly.relayout(id, {width: null, autosize: true});
-});
+const {figures, config} = JSON.parse(document.getElementById("figures").textContent);
+for (const [id, figure] of Object.entries(figures)) Plotly.newPlot(id, figure.data, figure.layout, config);
+const each = (layout) => { for (const id of Object.keys(figures)) Plotly.relayout(id, layout); };
+addEventListener("beforeprint", () => each({width: 680, autosize: false}));
+addEventListener("afterprint", () => each({width: null, autosize: true}));
 """
 
 
@@ -61,7 +55,9 @@ class Question:
     choice: str = ""
 
 
-def report(trace: Trace | str | os.PathLike, out: str | os.PathLike, *, overwrite: bool = False, run: str | None = None) -> Path:
+def report(
+    trace: Trace | str | os.PathLike, out: str | os.PathLike, *, run: str | None = None, overwrite: bool = False
+) -> Path:
     """Write the report of a run to the HTML file `out`; returns its path.
 
     An analysis that the trace can't answer (no languages, no parallel texts) is named in the report with the reason.
@@ -103,7 +99,7 @@ def page(trace: Trace, out: Path) -> str:
         commands=commands(trace, facts, out),
         calls=Markup(", ").join(Markup("<code>wb.analysis.{}(trace)</code>").format(name) for name in analysis.NAMES),
         version=workbench.__version__,
-        figures=Markup(in_script(json.dumps(drawn, ensure_ascii=False))),
+        figures=Markup(in_script(json.dumps({"figures": drawn, "config": figures.CONFIG}, ensure_ascii=False))),
         plotly=Markup(plotly),
         draw=Markup(DRAW),
     )
@@ -112,16 +108,16 @@ def page(trace: Trace, out: Path) -> str:
 def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
     """What the report asks, in order."""
     chosen = []
-    for by, title, strata in (("lang", "Languages", "source"), ("domain", "Domains", "lang")):
+    for by, noun, strata in (("lang", "language", "source"), ("domain", "domain", "lang")):
         within = strata if varies(sequences, by, strata) else None
         arguments = {"by": by, "within": within}
-        kept = f", labels shuffled within each {strata}" if within else ""
+        kept = f", labels shuffled within each {figures.noun(strata)}" if within else ""
         chosen.append(
             {
-                "id": title.lower(),
-                "title": title,
-                "lead": f"Does the choice of experts depend on the {title.lower()[:-1]} of a text, and which experts does each "
-                f"{title.lower()[:-1]} prefer? Blocks in the heatmap are specialists; white is what all texts together do.",
+                "id": f"{noun}s",
+                "title": f"{noun}s".capitalize(),
+                "lead": f"Does the choice of experts depend on the {noun} of a text, and which experts does each {noun} "
+                "prefer? Blocks in the heatmap are specialists; white is what all texts together do.",
                 "questions": [
                     Question("mutual_information", arguments, "How much, layer by layer"),
                     Question(
@@ -134,10 +130,10 @@ def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
         {
             "id": "translations",
             "title": "Translations",
-            "lead": "Is one text routed alike in two languages? Lower is more alike. Dashed lines compare different texts of the "
-            "same two languages: the gap below them is what shared content adds.",
+            "lead": "Is one text routed alike in two languages? Lower is more alike. Dotted lines compare different texts "
+            "of the same two languages: the gap below them is what shared content adds.",
             "questions": [
-                Question("alignment", {}, "Divergence from the reference, layer by layer", pooled, ", mean of all languages"),
+                Question("alignment", {}, "Divergence, layer by layer", pooled, ", the mean of all languages"),
                 Question("u_shape", {}, "Is the middle of the model more alike than its ends?"),
             ],
         }
@@ -193,11 +189,12 @@ def answer(trace: Trace, question: Question, drawn: dict[str, Any]) -> dict[str,
     rows = rows.loc[:, rows.nunique(dropna=False) > 1] if len(rows) > 1 else rows
     return {
         "heading": heading,
+        "missing": "",
         "findings": module.findings(frame),
         "plot": f"plot-{name}",
         "height": figure.layout.height or 420,
         "columns": [str(column).replace("_", " ") for column in rows.columns],
-        "text_columns": [at for at, column in enumerate(rows.columns) if not pd.api.types.is_numeric_dtype(rows[column])],
+        "text_columns": [at for at, kind in enumerate(rows.dtypes) if not pd.api.types.is_numeric_dtype(kind)],
         "shown": [[cell(value) for value in row] for row in rows.head(MOST_ROWS).itertuples(index=False)],
         "choice": question.choice,
         "n_rows": f"{len(frame):,}",
@@ -310,7 +307,11 @@ def commands(trace: Trace, facts: pd.Series, out: Path) -> str:
         for name in corpus["names"]:
             parts += ["--corpus", str(name)]
         parts += ["--record", ",".join(sorted(trace.recorded)), "--run", trace.run, "--out", trace.path.name]
-        for option, key in (("--max-length", "max_length"), ("--long", "long_texts"), ("--batch-tokens", "batch_tokens")):
+        for key, option in {
+            "max_length": "--max-length",
+            "long_texts": "--long",
+            "batch_tokens": "--batch-tokens",
+        }.items():
             if present(corpus.get(key)):
                 parts += [option, str(corpus[key])]
         if corpus.get("generate"):

@@ -169,7 +169,7 @@ def _check(con: duckdb.DuckDBPyConnection, path: Path) -> None:
         names = con.execute("SELECT table_name FROM duckdb_tables() WHERE NOT internal").fetchall()
         found = {name for (name,) in names}
         version = con.execute("SELECT max(version) FROM format").fetchall()[0][0] if "format" in found else None
-        block_size, blocks = con.execute("SELECT block_size, total_blocks FROM pragma_database_size()").fetchall()[0]
+        block_size, blocks = con.execute("SELECT block_size, used_blocks FROM pragma_database_size()").fetchall()[0]
     except duckdb.Error as error:
         raise InputError(_why_not(path, error)) from error
     if version is None:
@@ -185,7 +185,8 @@ def _check(con: duckdb.DuckDBPyConnection, path: Path) -> None:
         raise InputError(f"{path} has trace format {version}, which this workbench can't read or migrate. Trace again.")
     if missing := set(TABLES) - {"selections"} - found:
         raise InputError(f"{path} lacks the tables {', '.join(sorted(missing))}: it was changed after it was written.")
-    # DuckDB opens a truncated file and fails only on the first query that needs the lost part.
+    # DuckDB opens a truncated file and fails only on the first query that needs the lost part. Only blocks in use count:
+    # free ones at the end of the file may never have been written.
     if path.stat().st_size < blocks * block_size:
         raise InputError(
             f"{path} is cut short: {path.stat().st_size:,} bytes of at least {blocks * block_size:,}. "

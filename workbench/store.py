@@ -234,6 +234,8 @@ class Writer:
         if isinstance(item, dict):
             pending.name(item, self._known_tokens)
             return
+        if pending.full(more=len(item.tokens["seq"])):
+            self._commit(pending)
         try:
             pending.add(item)
         except RunError:

@@ -118,7 +118,9 @@ def sequences(
                         sha256=digest,
                     )
     if next(seq) == 0:
-        raise InputError("No row of the corpus can be tokenised; expected at least one. Read it without --bad-rows skip.")
+        raise InputError(
+            "No row of the corpus can be tokenised; expected at least one. Read it without --bad-rows skip."
+        )
 
 
 def survey(found: Iterable[Sequence]) -> Survey:

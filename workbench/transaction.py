@@ -17,7 +17,7 @@ from workbench.schema import PHASES
 
 # A transaction below about 300 k rows goes through DuckDB's write-ahead log, at a third of the speed and up to twice
 # the size; larger ones waste less of the last block of each column.
-COMMIT_TOKEN_LAYERS = 600_000
+COMMIT_TOKEN_LAYERS = 5 * 122_880  # as many whole row groups
 COMMIT_BYTES = 192 << 20
 COMMIT_SECONDS = 30.0
 
@@ -67,8 +67,10 @@ class Transaction:
     def empty(self) -> bool:
         return not self.sequences and not self.vocabulary
 
-    def full(self) -> bool:
-        return self.n_tokens * len(self.layers) >= COMMIT_TOKEN_LAYERS or self.nbytes >= COMMIT_BYTES
+    def full(self, more: int = 0) -> bool:
+        """Whether `more` further tokens are too many."""
+        token_layers = (self.n_tokens + more) * len(self.layers)
+        return token_layers > COMMIT_TOKEN_LAYERS or self.nbytes >= COMMIT_BYTES
 
     def seconds_left(self) -> float | None:
         """Until what was added first has waited long enough; None if there is nothing."""
@@ -286,6 +288,7 @@ def insert_rows(con: duckdb.DuckDBPyConnection, table: str, rows: list[dict[str,
 
 def _insert(con: duckdb.DuckDBPyConnection, table: str, run: str, rows: pa.Table) -> None:
     names = ", ".join(rows.column_names)
-    con.register("incoming", rows)
+    # In one piece: several would be inserted in parallel and leave row groups that are only partly filled.
+    con.register("incoming", rows.combine_chunks())
     con.execute(f"INSERT INTO {table} (run, {names}) SELECT ?, {names} FROM incoming", [run])
     con.unregister("incoming")

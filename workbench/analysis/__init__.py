@@ -27,7 +27,9 @@ from workbench.errors import InputError
 NAMES = ("load", "balance", "specialization", "mutual_information", "alignment", "u_shape")
 """What `workbench analyze` offers, in this order."""
 
-__all__ = [*NAMES, "arguments", "file", "find"]
+__all__ = [
+    "alignment", "arguments", "balance", "file", "find", "load", "mutual_information", "specialization", "u_shape",
+]  # fmt: skip
 
 
 def find(name: str) -> tuple[Callable[..., pd.DataFrame], Callable[[pd.DataFrame], Figure]]:

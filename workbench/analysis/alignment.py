@@ -12,8 +12,10 @@ exists in the reference language r (English unless asked otherwise) and in langu
 - **frequency divergence**: the same with q = how often each expert was chosen, for traces without probabilities. It is
   larger, because it sees only the chosen experts and few of them in a short text; don't compare the two.
 
-All intervals cover 95% of bootstrap resamples of texts. Pieces of one text (same segment, same language) are pooled
-by tokens. A pair whose q are both uniform has no defined divergence and is left out.
+Languages that share different texts with the reference (see n_texts) were compared on different content: between
+them only large differences mean anything. All intervals cover 95% of bootstrap resamples of texts. Pieces of one text
+(same segment, same language) are pooled by tokens. A pair whose q are both uniform has no defined divergence and is
+left out.
 """
 
 from dataclasses import dataclass
@@ -274,7 +276,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     languages = list(each.groupby("lang")["value"].mean().sort_values().index)
     title = f"{measure} from {figures.plain(frame['reference'].iloc[0])}"
     if len(languages) <= figures.MOST_LINES:
-        result = figures.panels([""], columns=1)
+        result = figures.panels([""], height=300, legend=True)
         for lang in languages:
             part = each[each["lang"] == lang]
             figures.line(
@@ -283,10 +285,9 @@ def figure(frame: pd.DataFrame) -> Figure:
             )  # fmt: skip
         pooled = frame[frame["lang"] == POOLED]
         figures.line(result, pooled["layer"], pooled["shuffled"], name="other texts (mean)", style=figures.NULL)
-        result.update_layout(height=380)
     else:
-        columns = 6
-        result = figures.panels([figures.plain(lang) for lang in languages], columns=columns)
+        titles = [figures.plain(lang) for lang in languages]
+        result = figures.panels(titles, columns=6, height=80, legend=True, tight=True)
         pooled = frame[frame["lang"] == POOLED]
         for panel, lang in enumerate(languages):
             part = each[each["lang"] == lang]
@@ -303,8 +304,7 @@ def figure(frame: pd.DataFrame) -> Figure:
                 result, part["layer"], part["value"], part["low"], part["high"], name="translations of one text",
                 style=figures.MAIN, panel=panel, legend=first,
             )  # fmt: skip
-        result.update_yaxes(matches="y")
-        result.update_layout(height=110 + 130 * -(-len(languages) // columns))
+        figures.same_range(result)
     figures.layer_axes(result, frame["layer"], sparse=len(languages) > figures.MOST_LINES)
     result.update_yaxes(rangemode="tozero")
     figures.left_title(result, title)
@@ -315,16 +315,21 @@ def findings(frame: pd.DataFrame) -> list[str]:
     """The closest and the farthest language, and what content adds, in sentences."""
     measure = MEASURES[frame["measure"].iloc[0]]
     reference = frame["reference"].iloc[0]
-    by_language = frame[frame["lang"] != POOLED].groupby("lang")["value"].mean().dropna()
+    by_language = frame[frame["lang"] != POOLED].groupby("lang")
+    each = by_language.agg(value=("value", "mean"), n_texts=("n_texts", "max")).dropna()
     pooled = frame[frame["lang"] == POOLED].set_index("layer")
-    if by_language.empty:
+    if each.empty:
         return [f"No pair of translations has a defined {measure}."]
-    sentences = [
-        f"Averaged over layers, {by_language.idxmin()} is routed most like {reference} ({measure} "
-        f"{by_language.min():.2f}) and {by_language.idxmax()} least ({by_language.max():.2f}; 0 is alike, 1 disjoint)."
-        if len(by_language) > 1
-        else f"Averaged over layers, the {measure} of {by_language.index[0]} from {reference} is {by_language.iloc[0]:.2f}."
-    ]
+    # Languages with few of the texts were compared on other content: ranking them with the rest would mislead.
+    fair = each[each["n_texts"] >= each["n_texts"].max() / 2]["value"]
+    among = "" if len(fair) == len(each) else f", of the {len(fair)} languages with most texts in common,"
+    if len(fair) > 1:
+        sentences = [
+            f"Averaged over layers{among} {fair.idxmin()} is routed most like {reference} ({measure} {fair.min():.2f}) "
+            f"and {fair.idxmax()} least ({fair.max():.2f}; 0 is alike, 1 disjoint)."
+        ]
+    else:
+        sentences = [f"Averaged over layers, the {measure} of {fair.index[0]} from {reference} is {fair.iloc[0]:.2f}."]
     if pooled["gain"].notna().any():
         layer = pooled["gain"].idxmax()
         row = pooled.loc[layer]

@@ -92,8 +92,8 @@ def measure(counts: np.ndarray, dead_below: float) -> dict[str, np.ndarray]:
 def figure(frame: pd.DataFrame) -> Figure:
     """A panel a measure: its value by layer with the interval, a line a group."""
     shown = [name for name in MEASURES if name in set(frame["measure"])]
-    result = figures.panels([MEASURES[name] for name in shown], columns=len(shown))
-    groups = list(dict.fromkeys(frame["group"]))
+    groups = figures.ordered(frame["group"].unique())
+    result = figures.panels([MEASURES[name] for name in shown], columns=len(shown), height=190, legend=len(groups) > 1)
     for place, name in enumerate(shown):
         for group in groups:
             part = frame[(frame["measure"] == name) & (frame["group"] == group)]
@@ -104,7 +104,6 @@ def figure(frame: pd.DataFrame) -> Figure:
             )  # fmt: skip
     figures.layer_axes(result, frame["layer"])
     result.update_yaxes(rangemode="tozero")
-    result.update_layout(height=280)
     return result
 
 

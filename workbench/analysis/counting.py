@@ -1,4 +1,4 @@
-"""Who chose whom: counts of expert choices by text and label, on which load, balance, specialization and information rest.
+"""Who chose which expert: counts of expert choices by text and label, on which most analyses rest.
 
 A *text* is what resampling draws: the sequences of one `segment_id` (its pieces and its translations, which depend on
 each other), or one sequence where there is none. A *cell* is what a label belongs to: the tokens of one text with one
@@ -100,7 +100,9 @@ def token_labels(
     if by in sequences.columns:
         codes, labels = pd.factorize(column(sequences, by).map(as_label), sort=True)
         if len(labels) > MOST_GROUPS:
-            raise InputError(f"{by!r} has {len(labels):,} different values; at most {MOST_GROUPS} groups can be compared.")
+            raise InputError(
+                f"{by!r} has {len(labels):,} different values; at most {MOST_GROUPS} groups can be compared."
+            )
         return codes.astype(np.int64)[of_sequence], [str(label) for label in labels]
     if by == "phase":
         codes = pd.Categorical(trace.tokens()["phase"], categories=PHASES).codes
@@ -191,6 +193,6 @@ def need_two_groups(cells: Cells, by: str, within: str | None) -> None:
         pairs = np.unique(np.stack([cells.strata, cells.group]), axis=1)
         if len(np.unique(pairs[0])) == pairs.shape[1]:
             raise InputError(
-                f"{by!r} never varies within a {within!r}, so there is nothing to permute; leave `within` out, or choose "
-                "a column inside which several values occur."
+                f"{by!r} never varies within a {within!r}, so there is nothing to permute; leave `within` out, or "
+                "choose a column inside which several values occur."
             )

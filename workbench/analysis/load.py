@@ -74,7 +74,7 @@ def figure(frame: pd.DataFrame) -> Figure:
         padded = [np.pad(row[column].to_numpy(float), (0, width - len(row)), constant_values=np.nan) for row in rows]
         return np.array(padded)
 
-    result = figures.panels([""], columns=1)
+    result = figures.panels([""], height=26 * max(len(rows), 6))
     result.add_trace(
         figures.ratios(
             grid("load"),
@@ -85,10 +85,9 @@ def figure(frame: pd.DataFrame) -> Figure:
             details=np.stack([grid(name) for name in ("expert", "share", "low", "high", "load")], axis=-1),
         )
     )
-    figures.ratio_scale(result, "even share")
+    figures.ratio_scale(result, "× even")
     result.update_xaxes(title="experts of each layer, busiest first", showgrid=False)
     result.update_yaxes(autorange="reversed", showgrid=False)
-    result.update_layout(height=110 + 26 * max(len(rows), 6))
     return result
 
 

@@ -42,9 +42,9 @@ def mutual_information(
     by      column of the sequences, `phase` or `position`
     within  column of the sequences: permute labels only among texts that agree in it
 
-    Returns one row a layer: by, within, layer; mutual_information (nats) with low, high; normalised; null_mean, null_high,
-    excess, p; label_entropy (nats); n_groups, n_experts, n_tokens, n_sequences, n_texts, n_unlabelled (sequences left
-    out for want of a label). Values are NaN for a layer without assignments.
+    Returns one row a layer: by, within, layer; mutual_information (nats) with low, high; normalised; null_mean,
+    null_high, excess, p; label_entropy (nats); n_groups, n_experts, n_tokens, n_sequences, n_texts, n_unlabelled
+    (sequences left out for want of a label). Values are NaN for a layer without assignments.
     """
     cells = sort_into_cells(trace, by, within)
     need_two_groups(cells, by, within)
@@ -55,9 +55,7 @@ def mutual_information(
         rows = count(trace, layer, cells)
         counts = sum_by(rows, cells.group, n_groups)
         value = float(nats(counts))
-        low, high = interval(
-            nats(bootstrap_sums(rows, cells.text, cells.group, n_groups, n_resamples, seed)), value
-        )
+        low, high = interval(nats(bootstrap_sums(rows, cells.text, cells.group, n_groups, n_resamples, seed)), value)
         chance = [
             nats(permuted)
             for permuted in permuted_sums(rows, cells.group, n_groups, n_permutations, seed, cells.strata)
@@ -92,14 +90,14 @@ def mutual_information(
 
 def nats(counts: np.ndarray) -> np.ndarray:
     """Nats, from counts (…, n_groups, n_experts); NaN where they are all 0. I = H(g) + H(e) − H(g, e)."""
-    joint = counts.reshape(*counts.shape[:-2], -1)
+    joint = counts.reshape(*counts.shape[:-2], counts.shape[-2] * counts.shape[-1])
     value = entropy(counts.sum(axis=-1)) + entropy(counts.sum(axis=-2)) - entropy(joint)
     return np.maximum(value, 0)
 
 
 def figure(frame: pd.DataFrame) -> Figure:
     """Mutual information by layer with its interval, above the 95% bound of the permutation null."""
-    result = figures.panels([""], columns=1)
+    result = figures.panels([""], height=240, legend=True)
     figures.line(result, frame["layer"], frame["null_high"], name="95% of permutations", style=figures.NULL, fill=True)
     figures.line(
         result, frame["layer"], frame["mutual_information"], frame["low"], frame["high"],
@@ -107,7 +105,6 @@ def figure(frame: pd.DataFrame) -> Figure:
     )  # fmt: skip
     figures.layer_axes(result, frame["layer"])
     result.update_yaxes(title="mutual information (nats)", rangemode="tozero")
-    result.update_layout(height=320)
     return result
 
 

@@ -62,19 +62,14 @@ def interval(resampled: np.ndarray, value: np.ndarray | None = None) -> tuple[np
     mutual information, …) passes its `value`: the percentiles are then shifted so that the resampled mean meets it.
     """
     tail = 100 * (1 - LEVEL) / 2
-    shape = resampled.shape[1:]
-    if not len(resampled):
-        return np.full(shape, np.nan), np.full(shape, np.nan)
-    finite = np.isfinite(resampled)
-    if finite.all():
-        low, high = np.percentile(resampled, [tail, 100 - tail], axis=0)
-        mean = resampled.mean(axis=0)
-    else:
-        low, high, mean = (np.full(shape, np.nan) for _ in range(3))
-        usable = finite.any(axis=0)
-        columns = np.where(finite, resampled, np.nan)[:, usable]
-        low[usable], high[usable] = np.nanpercentile(columns, [tail, 100 - tail], axis=0)
-        mean[usable] = np.nanmean(columns, axis=0)
+    low, high, mean = (np.full(resampled.shape[1:], np.nan) for _ in range(3))
+    usable = np.isfinite(resampled).any(axis=0)
+    if usable.any():
+        known = np.where(np.isfinite(resampled), resampled, np.nan)[:, usable]
+        # The plain percentile is several times faster, and nearly always possible.
+        percentile, average = (np.percentile, np.mean) if np.isfinite(known).all() else (np.nanpercentile, np.nanmean)
+        low[usable], high[usable] = percentile(known, [tail, 100 - tail], axis=0)
+        mean[usable] = average(known, axis=0)
     if value is None:
         return low, high
     return low + (value - mean), high + (value - mean)
@@ -113,7 +108,7 @@ def rows_of_strata(strata: np.ndarray) -> list[np.ndarray]:
 
 
 def q_values(p: np.ndarray) -> np.ndarray:
-    """False-discovery rates of p values (any shape), Benjamini & Hochberg; NaN stays NaN and doesn't count as a test."""
+    """False-discovery rates of p values (any shape), Benjamini & Hochberg; a NaN stays and isn't counted as a test."""
     q = np.full(p.shape, np.nan)
     tested = np.isfinite(p)
     if tested.any():

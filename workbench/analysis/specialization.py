@@ -28,7 +28,6 @@ SIGNIFICANT = 0.05
 """False-discovery rate below which findings call an expert specialised."""
 MOST_PANELS = 6
 """Layers that the figure shows when there are more: evenly spread."""
-COLUMNS = 3
 TIE = 1e-9
 """Shares this close are equal: they differ by rounding only."""
 
@@ -47,8 +46,8 @@ def specialization(
     by      column of the sequences, `phase` or `position`
     within  column of the sequences: permute labels only among texts that agree in it
 
-    Returns one row a group × layer × expert: by, within, group, layer, expert; share with low, high; lift; relative; count;
-    p, q; n_experts; n_tokens, n_sequences, n_texts of the group; n_unlabelled sequences left out for want of a label.
+    Returns one row a group × layer × expert: by, within, group, layer, expert; share with low, high; lift; relative;
+    count; p, q; n_experts; n_tokens, n_sequences, n_texts of the group; n_unlabelled sequences left out for want of a label.
     NaN: share where the group has no assignment in the layer, interval where the group is a single text, p where
     chance can't move the share (nothing to permute, or only one expert).
     """
@@ -78,7 +77,6 @@ def specialization(
             pd.DataFrame(
                 {
                     "by": by,
-                "within": within,
                     "within": within,
                     "group": np.repeat(cells.labels, n_experts),
                     "layer": layer,
@@ -111,7 +109,8 @@ def figure(frame: pd.DataFrame) -> Figure:
     layers = sorted(frame["layer"].unique())
     shown = [layers[at] for at in np.linspace(0, len(layers) - 1, min(len(layers), MOST_PANELS)).round().astype(int)]
     groups = figures.ordered(frame["group"].unique())
-    result = figures.panels([f"layer {layer}" for layer in shown], columns=COLUMNS)
+    titles = [f"layer {layer}" for layer in shown]
+    result = figures.panels(titles, columns=3, height=14 * max(len(groups), 6), tight=True)
     for panel, layer in enumerate(shown):
         part = frame[frame["layer"] == layer].set_index(["group", "expert"])
         relative = part["relative"].unstack().reindex(groups)
@@ -125,34 +124,31 @@ def figure(frame: pd.DataFrame) -> Figure:
                 relative[experts].to_numpy(),
                 x=[f"expert {expert}" for expert in experts],
                 y=[figures.plain(group) for group in groups],
-                hover="%{y} · %{x}<br>%{customdata[0]:.2f} × all groups<br>share %{customdata[1]:.2%} [%{customdata[2]:.2%}, "
-                "%{customdata[3]:.2%}]<br>%{customdata[4]:.2f} × an even share<br>q %{customdata[5]:.3f}<extra></extra>",
+                hover="%{y} · %{x}<br>%{customdata[0]:.2f} × all groups<br>share %{customdata[1]:.2%} "
+                "[%{customdata[2]:.2%}, %{customdata[3]:.2%}]<br>%{customdata[4]:.2f} × an even share<br>"
+                "q %{customdata[5]:.3f}<extra></extra>",
                 details=details,
                 panel=panel,
             )
         )
-    figures.ratio_scale(result, "all groups")
+    figures.ratio_scale(result, "× all groups")
     result.update_xaxes(showticklabels=False, showgrid=False, ticks="", title="experts")
     result.update_yaxes(autorange="reversed", showgrid=False, ticks="", tickmode="linear", dtick=1)
-    for panel in range(len(shown)):
-        if panel % COLUMNS:
-            result.update_layout({f"yaxis{panel + 1}": {"showticklabels": False}})
-    result.update_layout(height=90 + -(-len(shown) // COLUMNS) * (60 + 14 * max(len(groups), 8)))
     return result
 
 
 def findings(frame: pd.DataFrame) -> list[str]:
-    """How many experts are specialised, and the clearest, in sentences."""
+    """How many experts are specialised, and the largest preference, in sentences."""
     noun = figures.noun(frame["by"].iloc[0])
-    experts = frame.groupby(["layer", "expert"])
+    n_experts = len(frame[["layer", "expert"]].drop_duplicates())
     significant = frame[(frame["q"] < SIGNIFICANT) & (frame["relative"] > 1)]
-    n_specialised = significant.groupby(["layer", "expert"]).ngroups
+    n_twice = len(significant.loc[significant["relative"] >= 2, ["layer", "expert"]].drop_duplicates())
     sentences = [
-        f"{n_specialised} of {experts.ngroups} experts are used more by some {noun} than labels shuffled over texts "
-        f"explain (false-discovery rate {SIGNIFICANT:.0%})."
+        f"{n_twice} of {n_experts} experts are used at least twice as much by some {noun} as by all texts together "
+        f"(false-discovery rate {SIGNIFICANT:.0%})."
     ]
     if len(significant):
-        top = significant.loc[significant["share"].sub(significant["share"] / significant["relative"]).idxmax()]
+        top = significant.loc[(significant["share"] * (1 - 1 / significant["relative"])).idxmax()]
         sentences.append(
             f"The largest single preference: {top['group']} sends {top['share']:.1%} of its layer-{top['layer']} "
             f"assignments to expert {top['expert']}, {top['relative']:.1f} times as many as all texts together."

@@ -15,7 +15,6 @@ from plotly.graph_objects import Figure
 
 from workbench import figures
 from workbench.analysis.alignment import (
-    MEASURES,
     POOLED,
     align,
     average,
@@ -51,10 +50,7 @@ def u_shape(
         raise InputError(f"a U-shape takes at least three MoE layers; this model has {trace.n_layers}.")
     aligned = align(trace, reference, by)
     values = np.stack(
-        [
-            divergences(text_profiles(trace, layer, aligned, measure), aligned.cells)
-            for layer in range(trace.n_layers)
-        ]
+        [divergences(text_profiles(trace, layer, aligned, measure), aligned.cells) for layer in range(trace.n_layers)]
     )
     third = trace.n_layers // 3
     parts = [average(part) for part in (values[:third], values[third:-third], values[-third:])]
@@ -94,14 +90,13 @@ def figure(frame: pd.DataFrame) -> Figure:
     ordered = frame.sort_values("last_minus_middle", ascending=False)
     ordered = pd.concat([ordered[ordered["lang"] == POOLED], ordered[ordered["lang"] != POOLED]])
     names = ["<b>all languages</b>" if lang == POOLED else figures.plain(lang) for lang in ordered["lang"]]
-    result = figures.panels(["first third − middle third", "last third − middle third"], columns=2)
+    titles = ["first third − middle third", "last third − middle third"]
+    result = figures.panels(titles, columns=2, height=17 * max(len(names), 6), tight=True)
     for panel, end in enumerate(("first", "last")):
         column = f"{end}_minus_middle"
         figures.dots(result, ordered[column], names, ordered[f"{column}_low"], ordered[f"{column}_high"], panel=panel)
-    result.update_xaxes(zeroline=True)
+    result.update_xaxes(zeroline=True, zerolinewidth=2, rangemode="tozero")
     result.update_yaxes(autorange="reversed", tickmode="linear", dtick=1)
-    result.update_yaxes(showticklabels=False, col=2)
-    result.update_layout(height=110 + 17 * max(len(names), 8))
     return result
 
 

@@ -20,11 +20,11 @@ N_LAYERS, TOP_K, N_EXPERTS = 16, 8, 64
 def bench_store(n_tokens: int = 200_000, *, folder: str | Path | None = None, repeats: int = 3) -> dict[str, Any]:
     """Write and read `n_tokens` × 16 layers × top-8 of 64 experts through the real Writer and Trace.
 
-    The routing is a softmax of Gaussian logits: weights are unequal, as those of a real router are. What is read back is
-    compared with what was written before any time counts. Each time is the best of `repeats`.
+    The routing is a softmax of Gaussian logits: weights are unequal, as those of a real router are. What is read
+    back is compared with what was written before any time counts. Each time is the best of `repeats`.
 
-    Returns million token-layers a second by the clock and by processor time (all threads; it says more on a machine that
-    is busy with something else), bytes a token-layer, and milliseconds to load one layer's ids and weights as arrays.
+    Returns million token-layers a second by the clock and by processor time (all threads; it says more on a machine
+    that is busy with something else), bytes a token-layer, and milliseconds to load one layer's ids and weights as arrays.
     """
     blocks = _blocks(n_tokens)
     token_layers = sum(len(block.tokens["seq"]) for block in blocks) * N_LAYERS
