@@ -384,3 +384,14 @@ def test_describe_needs_no_weights(broken: Path) -> None:
     for path in broken.glob("*safetensors*"):
         path.unlink()
     assert describe(broken)["family"] == "olmoe"
+
+
+def test_experts_in_a_form_that_isnt_known() -> None:
+    module = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    module.config.n_routed_experts = 8
+    with pytest.raises(InputError, match="names experts in its configuration, but has no router of a known form"):
+        load(module)

@@ -31,7 +31,7 @@ RUN = {"run": "first", "model": "tiny", "recorded": ["ids", "weights"], "corpus"
 LAYERS = [{"name": f"layers.{i}", "n_experts": 16, "top_k": 4, "gating": "softmax, top-k"} for i in range(2)]
 
 
-def make_block(seqs, lengths, *, layers=LAYERS, seed=0, **extra) -> Block:
+def make_block(seqs, lengths, *, layers=LAYERS, seed=0) -> Block:
     """Random whole sequences; the same ids and seed give the same block."""
     random = np.random.default_rng([seed, *seqs])
     n = sum(lengths)
@@ -39,10 +39,7 @@ def make_block(seqs, lengths, *, layers=LAYERS, seed=0, **extra) -> Block:
     for layer in layers:
         experts = np.argsort(random.random((n, layer["n_experts"])), axis=1)[:, : layer["top_k"]].astype(np.uint16)
         weights = random.random(experts.shape, dtype=np.float32)
-        fields = {
-            name: random.random((n, layer["n_experts"]) if name == "logits" else (n,), dtype=np.float32) for name in extra
-        }
-        routing.append(Routing(experts, weights, **fields))
+        routing.append(Routing(experts, weights))
     rows = [
         {"seq": seq, "sha256": f"{seq:064x}", "n_prompt": n, "n_tokens": n, "lang": "en", "metadata": {"row": seq}}
         for seq, n in zip(seqs, lengths, strict=True)
@@ -88,7 +85,7 @@ def dump(path) -> dict[str, list]:
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_arrays_come_back(data, tmp_path_factory):
     n = data.draw(st.sampled_from([0, 1, 2, 7, 40]), "tokens")
     n_layers = data.draw(st.integers(1, 3), "layers")
@@ -126,7 +123,7 @@ def test_arrays_come_back(data, tmp_path_factory):
         assert trace.tokens()["seq"].tolist() == seq.tolist()
 
 
-@given(st.lists(st.floats(0, 2.0**60, width=32), min_size=1, max_size=6))
+@given(st.lists(st.floats(0, 2.0**60, width=32), min_size=1, max_size=4))
 def test_fixed_point(row):
     weights = np.array([row], dtype=np.float32)
     fixed, scale = to_fixed(weights)
@@ -182,14 +179,15 @@ def test_fewer_than_k(tmp_path):
 def test_odd_text(tmp_path):
     """Texts that break naive writers: NUL, lone surrogates, quotes; metadata that JSON has no word for."""
     block = make_block([0], [5])
-    block.sequences[0].update(lang="d\ud800e", source="it's \"x\"", metadata={"a": float("nan"), "b": ["ü", np.int64(3)]})
+    block.sequences[0].update(lang="d\ud800e", source='it\'s "x"')
+    block.sequences[0]["metadata"] = {"a": float("nan"), "b": ["ü", np.int64(3)]}
     path = tmp_path / "odd'name.duckdb"
     with Writer(path, RUN, LAYERS) as writer:
         writer.add_vocabulary({0: "a\x00b", 1: "\ud83d", 2: "<script>", 3: "", 4: "ü"})
         writer.append(block)
     trace = Trace(path)
     row = trace.sequences().iloc[0]
-    assert (row["lang"], row["source"], row["b"]) == ("d?e", "it's \"x\"", ["ü", 3])
+    assert (row["lang"], row["source"], row["b"]) == ("d?e", 'it\'s "x"', ["ü", 3])
     assert pd.isna(row["a"])
     assert trace.vocabulary()["text"].tolist() == ["a\x00b", "?", "<script>", "", "ü"]
 
@@ -220,7 +218,8 @@ def test_bad_expert_and_shape(tmp_path):
     with pytest.raises(RunError, match="layer 0 came without entropy"):
         write(tmp_path / "c.duckdb", [block], run=RUN | {"recorded": ["entropy"]})
     with pytest.raises(RunError, match="positions"):
-        write(tmp_path / "d.duckdb", [Block(block.sequences, block.tokens | {"pos": np.arange(5)[::-1]}, block.routing)])
+        backwards = block.tokens | {"pos": np.arange(5)[::-1]}
+        write(tmp_path / "d.duckdb", [Block(block.sequences, backwards, block.routing)])
 
 
 @pytest.mark.parametrize(
@@ -404,7 +403,7 @@ def child(path) -> subprocess.Popen:
 
 def test_killed_at_random_moments(tmp_path):
     """kill -9, again and again: the file always opens with whole sequences, and resuming ends as an undisturbed run."""
-    path, moments = tmp_path / "t.duckdb", np.random.default_rng(0).uniform(0.0, 0.9, size=6)
+    path, moments = tmp_path / "t.duckdb", np.random.default_rng(0).uniform(0.0, 0.9, size=4)
     counts = []
     for moment in moments:
         process = child(path)

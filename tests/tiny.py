@@ -23,6 +23,8 @@ EXPERTS = 8
 TOP_K = 3
 
 # Set where a configuration has the field: 3 layers, 8 experts of which 3 are used, 2 groups, every layer sparse.
+# index_topk is longer than the texts: where it isn't, transformers' own cached generation of the families with sparse
+# attention differs from one full forward.
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -54,9 +56,11 @@ _COMMON: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
     "index_head_dim": 16,
     "index_n_heads": 2,
-    "index_topk": 64,  # below a text's length, cached generation differs from one forward in transformers itself
+    "index_topk": 64,
     "max_position_embeddings": 256,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -108,7 +112,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", _LATENT),
     "deepseek_v3": ("deepseek_v3", _LATENT),
     "deepseek_v32": ("deepseek_v32", _LATENT),
-    "deepseek_v4": ("deepseek_v4", {}),
+    "deepseek_v4": ("deepseek_v4", {"mlp_layer_types": ["hash_moe", "moe", "moe"]}),
     "diffusion_gemma": ("diffusion_gemma_text", {"top_k_experts": TOP_K}),
     "doge": ("doge", {"is_moe": True, "num_experts": 64, "num_experts_per_tok": 4}),
     "dots1": ("dots1", {}),
@@ -163,7 +167,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "glm5_next_text",
         {
             "num_key_value_heads": 4,
-            "index_topk": 64,  # below a text's length, cached generation differs from one forward in transformers itself
+            "index_topk": 64,
             "qk_rope_head_dim": 0,
             "layer_types": ["linear_attention", "full_attention", "full_attention"],
         },

@@ -83,7 +83,7 @@ def from_arrays(
                         "seq": order[here].astype(np.int32),
                         "pos": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
                         "token_id": tokens[here].astype(np.int32),
-                        "phase": np.full(here.stop - here.start, PHASES.index("prompt"), dtype=np.uint8),
+                        "phase": np.concatenate([_phases(row) for row in part]),
                         "nll": np.full(here.stop - here.start, np.nan, dtype=np.float32),
                     },
                     routing=[
@@ -182,6 +182,12 @@ def _sequence_row(seq: int, n_tokens: int, record: Mapping[str, Any]) -> dict[st
         raise InputError(f"sequence {seq}: n_prompt is {n_prompt}; it has {n_tokens} tokens.")
     metadata = {str(name): value for name, value in record.items() if name not in (*_COLUMNS, "n_tokens")}
     return {"seq": seq, "n_tokens": n_tokens, **known, "n_prompt": n_prompt, "metadata": metadata}
+
+
+def _phases(row: Mapping[str, Any]) -> np.ndarray:
+    """uint8 (n_tokens,): what follows the prompt was generated."""
+    generated = np.arange(row["n_tokens"]) >= row["n_prompt"]
+    return np.where(generated, PHASES.index("generated"), PHASES.index("prompt")).astype(np.uint8)
 
 
 def _blocks(lengths: list[int]) -> list[tuple[int, int]]:

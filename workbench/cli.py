@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that `workbench --help` answ
 
 import json
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,20 +92,20 @@ def trace(
     mode = "resume" if resume else "append" if append else "overwrite" if overwrite else "new"
     from workbench.store import check_target
 
-    check_target(out, mode)  # before the model loads
-    from workbench import corpus as corpora
-    from workbench.capture import trace as capture
-    from workbench.models import load
-
-    columns = dict(_pair(option, "--column", "text=content") for option in column or [])
-    sources = [corpora.read(name, columns=columns, bad_rows=bad_rows.value) for name in corpus or ["demo"]]
-    loaded = load(model, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_target(out, mode)  # before torch is imported and the model loads
     try:
+        from workbench import corpus as corpora
+        from workbench.capture import trace as capture
+        from workbench.models import load
+
+        columns = dict(_pair(option, "--column", "text=content") for option in column or [])
+        sources = [corpora.read(name, columns=columns, bad_rows=bad_rows.value) for name in corpus or ["demo"]]
+        loaded = load(model, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         result = capture(
             loaded,
             sources,
             out,
-            record=record.split(","),
+            record=[name.strip() for name in record.split(",") if name.strip()],
             run=run,
             mode=mode,
             max_tokens=max_tokens,
@@ -114,7 +115,8 @@ def trace(
             generate=generate,
         )
     except KeyboardInterrupt:
-        print(f"interrupted: what {out} holds is whole; the same command with --resume finishes it", file=sys.stderr)
+        kept = f"what {out} holds is whole; the same command with --resume" if out.exists() else "the same command"
+        print(f"interrupted: {kept} finishes it", file=sys.stderr)
         raise typer.Exit(130) from None
     for source in sources:
         if source.skipped.count:
@@ -140,7 +142,7 @@ def validate(file: File, run: Run = None, as_json: Json = False) -> None:
 
     problems = check(file, run)
     if as_json:
-        print(problems.to_json(orient="records", indent=2))
+        _show(problems, as_json)
     elif problems.empty:
         print(f"{file}: no problems")
     else:
@@ -187,9 +189,11 @@ def analyze(
     """Ask one question of a trace: a table, a figure, or both."""
     from workbench import analysis
     from workbench.export import save_table
-    from workbench.figures import save
+    from workbench.figures import FORMATS, save
     from workbench.tracefile import Trace
 
+    _check_output(out, (".csv", ".parquet", ".tex"), overwrite)  # before the analysis takes its time
+    _check_output(figure, FORMATS, overwrite)
     ask, draw = analysis.find(metric)
     arguments = dict(_pair(pair, "--set", "reference=de") for pair in option or [])
     if by is not None:
@@ -225,13 +229,14 @@ def export(
         str, typer.Option(help="A table of the file, or the view `selections`: one row a selected expert.")
     ],
     out: Annotated[Path, typer.Option(help="The .csv or .parquet file to write.")],
-    run: Run = None,
+    run: Annotated[str | None, typer.Option(help="Rows of this run only. [default: of all runs]")] = None,
+    unnest: Annotated[bool, typer.Option("--unnest", help="`routing` as one row a selected expert.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write one table of a trace as CSV or Parquet."""
     from workbench.export import export as write
 
-    rows = write(file, table, out, run=run, overwrite=overwrite)
+    rows = write(file, table, out, run=run, unnest=unnest, overwrite=overwrite)
     print(f"{out}: {rows:,} rows")
 
 
@@ -258,11 +263,23 @@ def bench(
     """Measure speed as ratios in one run, each behind a check that the results are equal."""
     from importlib import import_module
 
+    _check_output(out, (".json",), overwrite=True)
     result = import_module(f"workbench.bench.{what.value}").run(quick=quick)
     line = json.dumps(result)
     if out is not None:
         out.write_text(line + "\n")
     print(line)
+
+
+def _check_output(path: Path | None, suffixes: Sequence[str], overwrite: bool) -> None:
+    if path is None:
+        return
+    if path.suffix not in suffixes:
+        raise InputError(f"{path}: can't tell the format from {path.suffix!r}; expected {', '.join(suffixes)}.")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists; choose another name, or replace it with --overwrite.")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is not a folder; create it first.")
 
 
 def _pair(text: str, option: str, example: str) -> tuple[str, str]:
@@ -274,7 +291,7 @@ def _pair(text: str, option: str, example: str) -> tuple[str, str]:
 
 def _show(table: "pd.DataFrame", as_json: bool) -> None:
     if as_json:
-        print(table.to_json(orient="records", indent=2, force_ascii=False))
+        print(table.to_json(orient="records", indent=2, force_ascii=False, date_format="iso"))
     else:
         _print_table(table)
 

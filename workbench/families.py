@@ -90,7 +90,8 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v4": Family(
         "{scoring} + bias, top-k, renormalised, scaled",
         "config:scoring_func",
-        caveat="Hash layers select by token id: their entropy, margin and probabilities are missing.",
+        caveat="Hash layers select by token id: their entropy, margin and probabilities are missing. The cache is "
+        "compressed in windows counted from the padded start, so padding on the left moves the routing of a text.",
     ),
     "diffusion_gemma": _GEMMA,
     "doge": Family(

@@ -194,8 +194,8 @@ def line(
         if band and known.any():
             around = np.concatenate([x[known], x[known][::-1]])
             result.add_scatter(
-                x=around, y=np.concatenate([high[known], low[known][::-1]]), **axes, fill="toself", fillcolor=faded(style.colour), line={"width": 0}, hoverinfo="skip",
-                mode="lines", showlegend=False, legendgroup=label,
+                x=around, y=np.concatenate([high[known], low[known][::-1]]), **axes, mode="lines", line={"width": 0},
+                fill="toself", fillcolor=faded(style.colour), hoverinfo="skip", showlegend=False, legendgroup=label,
             )  # fmt: skip
     result.add_scatter(
         x=x, y=y, **axes, name=label, legendgroup=label, showlegend=legend, customdata=details,

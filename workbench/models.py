@@ -207,6 +207,12 @@ def _name(module: nn.Module) -> str:
 
 
 def _dense(name: object, module: nn.Module) -> str:
+    config = getattr(module, "config", None)
+    if any((getattr(config, count, 0) or 0) > 1 for count in ("num_experts", "n_routed_experts", "num_local_experts")):
+        return (
+            f"{name} ({type(module).__name__}) names experts in its configuration, but has no router of a known form. "
+            "`workbench models` lists the families that can be traced."
+        )
     return (
         f"{name} ({type(module).__name__}) is not a mixture of experts: no router found in it. "
         "`workbench models` lists the families that can be traced."
@@ -279,9 +285,10 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
     """Turn what transformers raises for a bad checkpoint into an InputError with its first line."""
-    logger = logging.getLogger("transformers.modeling_utils")
+    logger = logging.getLogger("transformers")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # its warnings about missing weights come back as errors of ours
+    # Its warnings about missing weights come back as errors of ours, those about parallel plans concern nobody here.
+    logger.setLevel(logging.ERROR)
     try:
         yield
     except InputError:

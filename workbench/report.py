@@ -116,8 +116,8 @@ def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
             {
                 "id": f"{noun}s",
                 "title": f"{noun}s".capitalize(),
-                "lead": f"Does the choice of experts depend on the {noun} of a text, and which experts does each {noun} "
-                "prefer? Blocks in the heatmap are specialists; white is what all texts together do.",
+                "lead": f"Does the choice of experts depend on the {noun} of a text, and which experts does each "
+                f"{noun} prefer? Blocks in the heatmap are specialists; white is what all texts together do.",
                 "questions": [
                     Question("mutual_information", arguments, "How much, layer by layer"),
                     Question(
@@ -130,8 +130,8 @@ def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
         {
             "id": "translations",
             "title": "Translations",
-            "lead": "Is one text routed alike in two languages? Lower is more alike. Dotted lines compare different texts "
-            "of the same two languages: the gap below them is what shared content adds.",
+            "lead": "Is one text routed alike in two languages? Lower is more alike. Dotted lines compare different "
+            "texts of the same two languages: the gap below them is what shared content adds.",
             "questions": [
                 Question("alignment", {}, "Divergence, layer by layer", pooled, ", the mean of all languages"),
                 Question("u_shape", {}, "Is the middle of the model more alike than its ends?"),

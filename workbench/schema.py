@@ -18,14 +18,16 @@ A token for which a router chose no expert (dropped, or not seen by that router)
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 
 from workbench.errors import InputError
+
+T = TypeVar("T")
 
 FORMAT = 1
 """Version of the tables. A file of another version is refused: there is no older one to migrate yet."""
@@ -77,7 +79,7 @@ TABLES = ("runs", "layers", "sequences", "tokens", "vocabulary", "routing", "pro
 
 # Every read-only connection of a process has these same settings, because DuckDB shares one instance among connections
 # to the same file and refuses a second one that is configured differently.
-_LOCKED = {"enable_external_access": "false", "python_enable_replacements": "false", "lock_configuration": "true"}
+_CONFINED = {"enable_external_access": "false", "python_enable_replacements": "false"}
 _BUSY = re.compile(r"set lock on file|different configuration|already attached|unique file handle", re.IGNORECASE)
 
 
@@ -100,6 +102,8 @@ def reading(path: str | os.PathLike, *, wait: float = READ_WAIT) -> Iterator[duc
     con = connect(path, wait=wait)
     try:
         yield con
+    except duckdb.IOException as error:  # a part of the file that only this question needed is lost
+        raise InputError(_why_not(Path(path), error)) from error
     finally:
         con.close()
 
@@ -131,11 +135,40 @@ def connect(path: str | os.PathLike, *, read_only: bool = True, wait: float = RE
 
 
 def _open(path: Path, read_only: bool, wait: float) -> duckdb.DuckDBPyConnection:
+    # A dict of its own for each call: DuckDB may keep it.
+    con = _patiently(
+        path, wait, lambda: duckdb.connect(str(path), read_only=read_only, config=dict(_CONFINED) if read_only else {})
+    )
+    # DuckDB's progress bar goes to stdout. It stays on if another thread has locked the settings of this file.
+    with suppress(duckdb.InvalidInputException):
+        con.execute("SET enable_progress_bar = false")
+    return con
+
+
+@contextmanager
+def copying(path: str | os.PathLike, *, wait: float = READ_WAIT) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection that reads the trace at `path` and can write other files: for our own COPY, not a user's SQL."""
+    con = duckdb.connect(config={"python_enable_replacements": "false"})
+    try:
+        con.execute("SET enable_progress_bar = false")
+        _patiently(Path(path), wait, lambda: con.execute(f"ATTACH {quoted(path)} AS trace (READ_ONLY)"))
+        con.execute("USE trace")
+        yield con
+    finally:
+        con.close()
+
+
+def quoted(text: object) -> str:
+    """An SQL string."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def _patiently(path: Path, wait: float, attempt: Callable[[], T]) -> T:
+    """Try again while another process, or another thread of this one, has the file."""
     patience = time.monotonic() + wait
     while True:
         try:
-            # A dict of its own for each call: DuckDB may keep it.
-            return duckdb.connect(str(path), read_only=read_only, config=dict(_LOCKED) if read_only else {})
+            return attempt()
         except duckdb.Error as error:
             if not _BUSY.search(str(error)):
                 raise InputError(_why_not(path, error)) from error
@@ -185,8 +218,8 @@ def _check(con: duckdb.DuckDBPyConnection, path: Path) -> None:
         raise InputError(f"{path} has trace format {version}, which this workbench can't read or migrate. Trace again.")
     if missing := set(TABLES) - {"selections"} - found:
         raise InputError(f"{path} lacks the tables {', '.join(sorted(missing))}: it was changed after it was written.")
-    # DuckDB opens a truncated file and fails only on the first query that needs the lost part. Only blocks in use count:
-    # free ones at the end of the file may never have been written.
+    # DuckDB opens a truncated file and fails only on the first query that needs the lost part. Only blocks in use
+    # count: free ones at the end of the file may never have been written.
     if path.stat().st_size < blocks * block_size:
         raise InputError(
             f"{path} is cut short: {path.stat().st_size:,} bytes of at least {blocks * block_size:,}. "

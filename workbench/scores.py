@@ -35,7 +35,7 @@ def entropy(log_p: Tensor) -> Tensor:
     tensor([0.0000, 0.6931])
     """
     p = log_p.exp()
-    return -torch.where(p == 0, 0.0, p * log_p).sum(-1)
+    return 0.0 - torch.where(p == 0, 0.0, p * log_p).sum(-1)
 
 
 class Selection(TorchFunctionMode):

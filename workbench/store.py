@@ -154,10 +154,13 @@ class Writer:
                     self._resume(con)
                 else:
                     self._begin(con)
+                if fresh:
+                    # Closing would leave the tables in the log, without a word, if the disk is full.
+                    con.execute("CHECKPOINT")
             if fresh:
                 os.replace(target, self.path)
         except duckdb.Error as error:
-            raise RunError(f"{self.path} can't be written: {schema.first_line(error)}") from error
+            raise RunError(f"{self.path} can't be written: {_reason(error)}.") from error
         finally:
             if fresh:
                 _delete(target)
@@ -206,6 +209,7 @@ class Writer:
         if status == "finished":
             _delete(self._before)
         elif self._before.exists() and not self._committed[0]:
+            _delete(self.path)
             _move(self._before, self.path)
 
     # --- writer thread
@@ -259,9 +263,6 @@ class Writer:
 
     def _broke(self, error: Exception) -> RunError:
         """The error together with what it means for the file."""
-        why = schema.first_line(error).rstrip(".")
-        if any(sign in str(error) for sign in ("No space left", "File too large", "Disk quota")):
-            why = f"the disk is full ({why})"
         try:
             with schema.reading(self.path) as con:
                 query = "SELECT count(*), coalesce(sum(n_tokens), 0)::BIGINT FROM sequences WHERE run = ?"
@@ -270,7 +271,7 @@ class Writer:
         except (InputError, duckdb.Error) as worse:
             kept = f"{self._committed[0]:,} sequences had been written, but now the file can't be read: {worse}"
         old = f" The file it was to replace is kept as {self._before}." if self._before.exists() else ""
-        broken = RunError(f"writing {self.path} failed: {why}. {kept}{old}")
+        broken = RunError(f"writing {self.path} failed: {_reason(error)}. {kept}{old}")
         broken.__cause__ = error
         return broken
 
@@ -314,6 +315,12 @@ def _layer_rows(run: str, layers: Sequence[Mapping[str, Any]]) -> list[dict[str,
     if not rows:
         raise InputError("a run needs at least one MoE layer.")
     return rows
+
+
+def _reason(error: Exception) -> str:
+    why = schema.first_line(error).rstrip(".")
+    full = any(sign in str(error) for sign in ("No space left", "File too large", "Disk quota"))
+    return f"the disk is full ({why})" if full else why
 
 
 def _now() -> datetime:

@@ -7,6 +7,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,8 @@ class Trace:
         The connection can read this file and nothing else: no other file, no network, no settings, no writing.
         """
         with schema.reading(self.path) as con:
+            with suppress(duckdb.InvalidInputException):  # another thread has locked them
+                con.execute("SET lock_configuration = true")
             try:
                 result = con.execute(query)
                 return result.df() if result.description else pd.DataFrame()
@@ -189,9 +192,10 @@ class Trace:
     def _place(self, rows: pa.Table, values: np.ndarray, fill: Any) -> np.ndarray:
         """Bring rows into the order of the tokens. Sorting is not needed: each row's place follows from seq and pos."""
         at, known = self._find(rows["seq"].to_numpy())
-        at = self._starts[at] + rows["pos"].to_numpy()
+        pos = rows["pos"].to_numpy()
         if not known.all():  # sequences committed after this Trace was made
-            at, values = at[known], values[known]
+            at, pos, values = at[known], pos[known], values[known]
+        at = self._starts[at] + pos
         if len(at) != self.n_tokens or (len(at) and at.max() >= self.n_tokens):
             raise InputError(
                 f"{self.path}: run {self.run!r} has {len(at):,} routing rows for {self.n_tokens:,} tokens in a layer. "

@@ -47,8 +47,8 @@ def specialization(
     within  column of the sequences: permute labels only among texts that agree in it
 
     Returns one row a group × layer × expert: by, within, group, layer, expert; share with low, high; lift; relative;
-    count; p, q; n_experts; n_tokens, n_sequences, n_texts of the group; n_unlabelled sequences left out for want of a label.
-    NaN: share where the group has no assignment in the layer, interval where the group is a single text, p where
+    count; p, q; n_experts; n_tokens, n_sequences, n_texts of the group; n_unlabelled sequences left out for want of a
+    label. NaN: share where the group has no assignment in the layer, interval where the group is a single text, p where
     chance can't move the share (nothing to permute, or only one expert).
     """
     cells = sort_into_cells(trace, by, within)

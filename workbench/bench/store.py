@@ -24,7 +24,8 @@ def bench_store(n_tokens: int = 200_000, *, folder: str | Path | None = None, re
     back is compared with what was written before any time counts. Each time is the best of `repeats`.
 
     Returns million token-layers a second by the clock and by processor time (all threads; it says more on a machine
-    that is busy with something else), bytes a token-layer, and milliseconds to load one layer's ids and weights as arrays.
+    that is busy with something else), bytes a token-layer of the whole file, and milliseconds to load the ids
+    and weights of one layer as arrays.
     """
     blocks = _blocks(n_tokens)
     token_layers = sum(len(block.tokens["seq"]) for block in blocks) * N_LAYERS
