@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.arrays import from_arrays
-from workbench.routing import NO_EXPERT, Routing
+from workbench.routing import Routing
 from workbench.store import PHASES, Writer
 from workbench.tracefile import Trace
 from workbench.transaction import Block
@@ -75,7 +75,7 @@ def with_profiles(
     path: Path,
     profiles: Sequence[np.ndarray],
     sequences: pd.DataFrame,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | np.ndarray,
     *,
     experts: Sequence[np.ndarray] | None = None,
     model: str = "tiny",
@@ -92,9 +92,8 @@ def with_profiles(
         known = {name: row.get(name) for name in ("lang", "domain", "source", "segment_id")}
         known = {name: None if pd.isna(value) else value for name, value in known.items()}
         extra = {name: value for name, value in row.items() if name not in known}
-        rows.append(
-            {"seq": number, "sha256": f"{number:x}", "n_prompt": length, "n_tokens": length, **known, "metadata": extra}
-        )
+        sizes = {"seq": number, "sha256": f"{number:064x}", "n_prompt": length, "n_tokens": length}
+        rows.append({**sizes, **known, "metadata": extra})
     header = {"run": run, "model": model, "family": "test", "recorded": ["ids", "profiles"], "corpus": {"names": ["c"]}}
     layers = [
         {"name": f"layers.{i}", "n_experts": n_experts, "top_k": experts[0].shape[1], "n_shared": 0,
@@ -118,6 +117,3 @@ def with_profiles(
             )
         )
     return Trace(path)
-
-
-__all__ = ["NO_EXPERT", "Routed", "choose", "random_trace", "with_profiles", "write"]

@@ -17,6 +17,7 @@ import duckdb
 import pandas as pd
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from workbench import analysis, cli
@@ -36,7 +37,7 @@ Command = Callable[..., Result]
 
 @pytest.fixture
 def workbench(capsys, monkeypatch) -> Command:
-    """`workbench …` in this process: what `python -m workbench` calls. Any other exception than those it expects fails."""
+    """`workbench …` in this process, as `python -m workbench` calls it: an exception that it doesn't expect fails."""
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["workbench", *map(str, arguments)])
@@ -54,6 +55,8 @@ def workbench(capsys, monkeypatch) -> Command:
 def folder(tmp_path_factory) -> Path:
     """model: a checkpoint; texts.jsonl: a corpus."""
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()  # `main` says so before transformers is imported, which here it is
+    transformers.logging.disable_progress_bar()
     path = tmp_path_factory.mktemp("cli")
     checkpoint.folder(path / "model")
     checkpoint.corpus(path / "texts.jsonl", n=60)
@@ -403,7 +406,7 @@ def test_analyze_refuses(workbench: Command, file: Path, tmp_path: Path):
     refused(workbench("analyze", "load", file, "--out", tmp_path / "t.xls"), "'.xls'; expected .csv, .parquet, .tex")
     refused(workbench("analyze", "load", file, "--figure", tmp_path / "f.bmp"), "'.bmp'; expected .html")
     refused(workbench("analyze", "load", file, "--out", tmp_path / "no" / "t.csv"), "is not a folder")
-    refused(workbench("analyze", "alignment", file, "--run", "two"), "profiles", "not recorded")
+    refused(workbench("analyze", "load", file, "--run", "three"), "no run 'three'")
     assert list(tmp_path.iterdir()) == []
 
 

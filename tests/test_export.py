@@ -50,7 +50,8 @@ def test_parquet_equals_the_table(path, tmp_path, table):
         order = "ORDER BY ALL"
         expected = con.sql(f"SELECT * FROM {table} WHERE run = 'arrays' {order}").fetchall()
     assert rows == len(expected) and (rows or table == "profiles")
-    assert duckdb.sql(f"SELECT * FROM '{out}' {order}").fetchall() == expected
+    with duckdb.connect() as con:
+        assert con.sql(f"SELECT * FROM '{out}' {order}").fetchall() == expected
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -73,13 +74,10 @@ def test_unnested(path, tmp_path):
     rows = export(path, "routing", tmp_path / "a.parquet", unnest=True)
     frame = pd.read_parquet(tmp_path / "a.parquet")
     assert rows == len(frame) == 20 * 2 * 3 - 2 - 3
-    export(path, "selections", tmp_path / "b.parquet")
-    pd.testing.assert_frame_equal(
-        frame[["seq", "layer", "expert", "weight"]].sort_values(["seq", "layer", "expert"]).reset_index(drop=True),
-        pd.read_parquet(tmp_path / "b.parquet")[["seq", "layer", "expert", "weight"]]
-        .sort_values(["seq", "layer", "expert"])
-        .reset_index(drop=True),
-    )
+    export(path, "selections", tmp_path / "b.parquet", run="arrays")
+    other = pd.read_parquet(tmp_path / "b.parquet")
+    for column in ("seq", "pos", "layer", "rank", "expert", "weight"):
+        np.testing.assert_array_equal(frame[column], other[column])
 
 
 def test_refusals(path, tmp_path):
@@ -116,7 +114,8 @@ def test_save_table(tmp_path):
         with pytest.raises(InputError, match="exists"):
             save_table(frame, tmp_path / f"t.{suffix}")
     read = pd.read_csv(tmp_path / "t.csv")
-    assert read.columns[0] == "'=name" and read.iloc[0, 0] == "'=1+1" and read["share_%"][0] == -1
+    assert read.columns[0] == "'=name"
+    assert read.iloc[0].tolist() == ["'=1+1", -1]
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "t.parquet"), frame)
     tex = (tmp_path / "t.tex").read_text()
     assert r"\toprule" in tex and r"share\_\%" in tex

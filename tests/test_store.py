@@ -505,5 +505,5 @@ def test_exceptions_of_the_caller_pass_through(tmp_path):
     path = tmp_path / "t.duckdb"
     with pytest.raises(ZeroDivisionError), Writer(path, RUN, LAYERS) as writer:
         writer.append(make_block([0], [5]))
-        os.getpid() / 0
+        assert os.getpid() / 0
     assert Trace(path).n_sequences == 1 and Trace(path).runs()["status"].tolist() == ["failed"]

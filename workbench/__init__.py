@@ -5,7 +5,8 @@
 >>> trace = wb.trace(model, "udhr", out="udhr.duckdb")          # doctest: +SKIP
 >>> wb.analysis.specialization(trace, by="lang")                # doctest: +SKIP
 
-Names are imported when first used, so that `import workbench` loads no torch.
+Names are imported when first used, so that `import workbench` loads no torch. `workbench.trace` is a function; the
+reader of its files, `Trace`, is in `workbench.tracefile`, since a module of the same name would hide the function.
 """
 
 from importlib import import_module
@@ -16,26 +17,20 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "workbench.models",
     "trace": "workbench.capture",
-    "Trace": "workbench.trace",
-    "from_arrays": "workbench.store",
-    "report": "workbench.report",
-    "export": "workbench.export",
-    "validate": "workbench.validate",
+    "Trace": "workbench.tracefile",
+    "from_arrays": "workbench.arrays",
     "InputError": "workbench.errors",
     "RunError": "workbench.errors",
 }
 
 if TYPE_CHECKING:
     from workbench import analysis as analysis
+    from workbench.arrays import from_arrays as from_arrays
     from workbench.capture import trace as trace
     from workbench.errors import InputError as InputError
     from workbench.errors import RunError as RunError
-    from workbench.export import export as export
     from workbench.models import load as load
-    from workbench.report import report as report
-    from workbench.store import from_arrays as from_arrays
-    from workbench.trace import Trace as Trace
-    from workbench.validate import validate as validate
+    from workbench.tracefile import Trace as Trace
 
 __all__ = ["analysis", *_HOME]
 

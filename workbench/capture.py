@@ -74,40 +74,18 @@ def trace(
 
     plan = survey(tqdm(texts(), desc="reading", unit=" texts", disable=None if progress else True, leave=False))
     names = [source.name for source in sources]
-    header = {
-        "run": run or f"{Path(model.name).name}.{'+'.join(Path(name).name for name in names)}",
-        "model": model.name,
-        "revision": model.revision,
-        "family": model.family,
-        "engine": "hf",
-        "dtype": model.dtype,
-        "recipe": None,
-        "recorded": record,
-        "corpus": {
-            "names": names,
-            "fingerprint": plan.fingerprint,
-            "sequences": plan.n_sequences,
-            "tokens": plan.n_tokens,
-            "max_length": limit,
-            "long_texts": long_texts,
-            "batch_tokens": batch_tokens,
-            "generate": generate,
-        },
-        "versions": _versions(),
+    run = run or f"{Path(model.name).name}.{'+'.join(Path(name).name for name in names)}"
+    request = {
+        "names": names,
+        "fingerprint": plan.fingerprint,
+        "sequences": plan.n_sequences,
+        "tokens": plan.n_tokens,
+        "max_length": limit,
+        "long_texts": long_texts,
+        "batch_tokens": batch_tokens,
+        "generate": generate,
     }
-    layers = [
-        {
-            "layer": layer.index,
-            "name": layer.name,
-            "n_experts": layer.n_experts,
-            "top_k": layer.top_k,
-            "n_shared": layer.n_shared,
-            "gating": layer.gating,
-            "stack": layer.stack,
-        }
-        for layer in model.layers
-    ]
-    with Writer(out, header, layers, mode=mode) as writer:
+    with Writer(out, header(model, run, record, request), layer_rows(model), mode=mode) as writer:
         done = writer.finished_sequences
         bar = tqdm(
             total=plan.n_tokens + generate * plan.n_sequences,
@@ -120,13 +98,35 @@ def trace(
             named: set[int] = set()
             for batch in batches(texts(), batch_tokens):
                 if not done.issuperset(sequence.seq for sequence in batch):
-                    block = _run(model, recorder, batch, generate)
+                    block = run_batch(model, recorder, batch, generate)
                     new = set(np.unique(block.tokens["token_id"]).tolist()) - named
                     writer.add_vocabulary(_texts_of(model.tokenizer, sorted(new)))
                     writer.append(block)
                     named |= new
                 bar.update(sum(len(sequence.token_ids) + generate for sequence in batch))
-    return Trace(out, run=header["run"])
+    return Trace(out, run=run)
+
+
+def header(model: Model, run: str, record: list[str], request: dict) -> dict:
+    """What the table `runs` says of a run; `request` is the column `corpus`."""
+    return {
+        "run": run,
+        "model": model.name,
+        "revision": model.revision,
+        "family": model.family,
+        "engine": "hf",
+        "dtype": model.dtype,
+        "recipe": None,
+        "recorded": record,
+        "corpus": request,
+        "versions": _versions(),
+    }
+
+
+def layer_rows(model: Model) -> list[dict]:
+    """The table `layers`: one row a router, in the order of execution."""
+    names = ("name", "n_experts", "top_k", "n_shared", "gating", "stack")
+    return [{"layer": layer.index} | {name: getattr(layer, name) for name in names} for layer in model.layers]
 
 
 def _recordable(record: Iterable[str]) -> list[str]:
@@ -241,7 +241,7 @@ def _reads_twice(model: Model) -> bool:
     return bool(getattr(getattr(model.module, "config", None), "is_encoder_decoder", False))
 
 
-def _run(model: Model, recorder: Recorder, batch: list[Sequence], generate: int) -> Block:
+def run_batch(model: Model, recorder: Recorder, batch: list[Sequence], generate: int = 0) -> Block:
     """The batch through the model; RunError says at which text it broke off."""
     try:
         return _generated(model, recorder, batch, generate) if generate else _forward(model, recorder, batch)
@@ -269,7 +269,7 @@ def _forward(model: Model, recorder: Recorder, batch: list[Sequence]) -> Block:
     kept = mask.bool()
     nll = np.full(int(kept.sum()), np.nan, dtype=np.float32)
     if logits is not None and logits.shape[:2] == ids.shape and _predicts_next(model):
-        nll = _next_token_nll(logits, ids)[kept].cpu().numpy()
+        nll = next_token_nll(logits, ids)[kept].cpu().numpy()
     phase = np.concatenate([sequence.phase for sequence in batch])
     return _block(batch, observed, kept, ids, phase, nll, generated=[0] * len(batch))
 
@@ -279,7 +279,7 @@ def _predicts_next(model: Model) -> bool:
     return model.family not in ("diffusion_gemma",) and getattr(model.module, "can_generate", lambda: False)()
 
 
-def _next_token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def next_token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """float32 (B, S): nats of each token given those before it, NaN for the first. A row at a time saves memory."""
     nll = torch.full(ids.shape, float("nan"), dtype=torch.float32, device=ids.device)
     for row in range(len(ids)):

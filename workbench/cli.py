@@ -298,14 +298,14 @@ def _show(table: "pd.DataFrame", as_json: bool) -> None:
 
 def _print_table(table: "pd.DataFrame", rows: int = 60) -> None:
     """The first rows, unwrapped; control characters from a corpus can't reach the terminal."""
-    shown = table.head(rows).map(lambda cell: "".join(_printable(c) for c in cell) if isinstance(cell, str) else cell)
+    shown = table.head(rows).map(lambda cell: cell if isinstance(cell, int | float) else _plain(str(cell)))
     print(shown.to_string(index=False, float_format=lambda number: f"{number:.4g}"))
     if len(table) > rows:
         print(f"… {len(table) - rows:,} more rows: write them with --out, or print all with --json")
 
 
-def _printable(character: str) -> str:
-    return character if character.isprintable() else ascii(character)[1:-1]
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _listing(facts: dict, indent: str = "") -> str:
@@ -320,5 +320,5 @@ def _listing(facts: dict, indent: str = "") -> str:
             lines += [_listing(one, indent + "  ") + "\n" for one in value]
         else:
             text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-            lines.append(f"{indent}{title:<20} {''.join(_printable(c) for c in text)}")
+            lines.append(f"{indent}{title:<20} {_plain(text)}")
     return "\n".join(lines)

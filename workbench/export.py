@@ -104,7 +104,7 @@ def _tex(frame: pd.DataFrame) -> str:
     """A table in the style of the LaTeX package booktabs."""
     style = frame.reset_index(drop=True).rename(columns=str).style.hide(axis="index")
     style = style.format(precision=4, escape="latex", na_rep="--").format_index(escape="latex", axis=1)
-    return style.to_latex(hrules=True)
+    return str(style.to_latex(hrules=True))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _check_suffix(out: Path, *suffixes: str) -> None:

@@ -162,6 +162,12 @@ def panels(
     return result
 
 
+def axes(panel: int) -> dict[str, Any]:
+    """The axes of a panel, as arguments of a Plotly trace."""
+    number = str(panel + 1) if panel else ""
+    return {"xaxis": f"x{number}", "yaxis": f"y{number}"}
+
+
 def same_range(result: go.Figure) -> None:
     """Give all panels the vertical range of the first."""
     result.update_yaxes(matches="y")
@@ -183,10 +189,9 @@ def line(
     fill: bool = False,
 ) -> None:
     """Add a line with its interval as a band (and in the hover text); `fill` shades down to 0 instead."""
-    axes = {"xaxis": f"x{panel + 1 if panel else ''}", "yaxis": f"y{panel + 1 if panel else ''}"}
-    label = plain(name)
+    options: dict[str, Any] = {**axes(panel), "legendgroup": plain(name)}
     x, y = np.asarray(x), np.asarray(y, float)
-    details, ends = None, ""
+    details, ends = np.empty((len(x), 0)), ""
     if low is not None and high is not None:
         low, high = np.asarray(low, float), np.asarray(high, float)
         details, ends = np.column_stack([low, high]), " [%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
@@ -194,15 +199,16 @@ def line(
         if band and known.any():
             around = np.concatenate([x[known], x[known][::-1]])
             result.add_scatter(
-                x=around, y=np.concatenate([high[known], low[known][::-1]]), **axes, mode="lines", line={"width": 0},
-                fill="toself", fillcolor=faded(style.colour), hoverinfo="skip", showlegend=False, legendgroup=label,
+                x=around, y=np.concatenate([high[known], low[known][::-1]]), mode="lines", line={"width": 0},
+                fill="toself", fillcolor=faded(style.colour), hoverinfo="skip", showlegend=False, **options,
             )  # fmt: skip
+    if fill:
+        options |= {"fill": "tozeroy", "fillcolor": faded(style.colour, 0.12)}
     result.add_scatter(
-        x=x, y=y, **axes, name=label, legendgroup=label, showlegend=legend, customdata=details,
-        mode="lines+markers" if len(x) <= 48 else "lines", marker={"size": 5},
-        line={"color": style.colour, "dash": style.dash, "width": style.width},
-        fill="tozeroy" if fill else None, fillcolor=faded(style.colour, 0.12) if fill else None,
-        hovertemplate=f"{label}<br>layer %{{x}}: %{{y:.3f}}{ends}<extra></extra>",
+        x=x, y=y, name=plain(name), showlegend=legend, mode="lines+markers" if len(x) <= 48 else "lines",
+        line={"color": style.colour, "dash": style.dash, "width": style.width}, marker={"size": 5},
+        customdata=details, hovertemplate=f"%{{fullData.name}}<br>layer %{{x}}: %{{y:.3f}}{ends}<extra></extra>",
+        **options,
     )  # fmt: skip
 
 
@@ -212,8 +218,8 @@ def dots(
     """Add a row a name: a dot and its interval. The names are used as they are: escape them."""
     x, low, high = (np.asarray(values, float) for values in (x, low, high))
     result.add_scatter(
-        x=x, y=list(names), xaxis=f"x{panel + 1 if panel else ''}", yaxis=f"y{panel + 1 if panel else ''}",
-        mode="markers", showlegend=False, marker={"color": MAIN.colour, "size": 7},
+        x=x, y=np.array(names), **axes(panel), mode="markers", marker={"color": MAIN.colour, "size": 7},
+        showlegend=False,
         error_x={"type": "data", "array": high - x, "arrayminus": x - low, "thickness": 1.5, "width": 0,
                  "color": faded(MAIN.colour, 0.55)},
         customdata=np.column_stack([low, high]),
@@ -227,9 +233,10 @@ def ratios(
     """A heatmap of ratios on the common logarithmic colour scale: 1 is white, 8 and more dark red."""
     with np.errstate(divide="ignore"):
         z = np.clip(np.log2(ratio), -REACH, REACH)
+    places: dict[str, Any] = {"x": list(x), "y": list(y), **axes(panel)}
     return go.Heatmap(
-        z=z, x=x, y=y, customdata=details, hovertemplate=hover, coloraxis="coloraxis", xgap=0.5, ygap=0.5,
-        hoverongaps=False, xaxis=f"x{panel + 1 if panel else ''}", yaxis=f"y{panel + 1 if panel else ''}",
+        z=z, customdata=details, hovertemplate=hover, coloraxis="coloraxis", xgap=0.5, ygap=0.5, hoverongaps=False,
+        **places,
     )  # fmt: skip
 
 

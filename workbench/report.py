@@ -27,7 +27,7 @@ import workbench
 from workbench import analysis, figures
 from workbench.analysis.alignment import POOLED
 from workbench.errors import InputError
-from workbench.export import csv_text
+from workbench.export import harmless
 from workbench.output import new_file
 from workbench.tracefile import Trace
 from workbench.validate import validate
@@ -80,18 +80,18 @@ def page(trace: Trace, out: Path) -> str:
         headlines += [(found["findings"][0], section["id"]) for found in answers if found.get("findings")]
         parts.append({**section, "answers": answers})
     found = validate(trace.path, trace.run)
-    facts = trace.runs().set_index("run").loc[trace.run]
+    facts = next(row for row in trace.runs().to_dict("records") if row["run"] == trace.run)
     plotly = get_plotlyjs()
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=False
     )
     return environment.get_template("report.html.j2").render(
         policy=policy(plotly, DRAW),
-        title=Path(str(facts["model"])).name if present(facts["model"]) else trace.run,
+        title=model_name(facts, trace),
         subtitle=subtitle(trace),
         facts=headline_facts(trace, sequences),
         headlines=headlines,
-        problems=[describe(problem) for problem in found.to_dict("records")],
+        problems=found["message"].tolist(),
         broken=bool((found["severity"] == "error").any()),
         sections=parts,
         run=run_facts(trace, facts, sequences),
@@ -183,6 +183,7 @@ def answer(trace: Trace, question: Question, drawn: dict[str, Any]) -> dict[str,
     except InputError as error:
         return {"heading": heading, "missing": str(error)}
     figure = draw(frame)
+    csv = base64.b64encode(harmless(frame).to_csv(index=False, float_format="%.6g").encode()).decode()
     name = "-".join([question.name, *([question.arguments["by"]] if "by" in question.arguments else [])])
     drawn[f"plot-{name}"] = json.loads(figure.to_json())
     rows = question.pick(frame) if question.pick else frame
@@ -199,7 +200,7 @@ def answer(trace: Trace, question: Question, drawn: dict[str, Any]) -> dict[str,
         "choice": question.choice,
         "n_rows": f"{len(frame):,}",
         "file": f"{trace.run}-{name}.csv",
-        "csv": "data:text/csv;charset=utf-8;base64," + base64.b64encode(csv_text(frame).encode()).decode(),
+        "csv": "data:text/csv;charset=utf-8;base64," + csv,
         "definition": definition(module.__doc__ or ""),
     }
 
@@ -231,6 +232,14 @@ def marked(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", escaped))
 
 
+def model_name(facts: dict[Any, Any], trace: Trace) -> str:
+    """What to call the model: its Hub id or name, the last part of a path, or the run where there is no model."""
+    if not present(facts["model"]):
+        return trace.run
+    name = str(facts["model"])
+    return Path(name).name if name.startswith(("/", ".", "~")) else name
+
+
 def subtitle(trace: Trace) -> str:
     """The architecture in a line."""
     experts = "/".join(str(count) for count in sorted(set(trace.layers["n_experts"])))
@@ -257,7 +266,7 @@ def compact(number: int) -> str:
     return f"{number:,}"
 
 
-def run_facts(trace: Trace, facts: pd.Series, sequences: pd.DataFrame) -> list[tuple[str, str]]:
+def run_facts(trace: Trace, facts: dict[Any, Any], sequences: pd.DataFrame) -> list[tuple[str, str]]:
     """Everything the trace says about the run."""
     corpus = facts["corpus"] if isinstance(facts["corpus"], dict) else {}
     versions = facts["versions"] if isinstance(facts["versions"], dict) else {}
@@ -298,7 +307,7 @@ def present(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and np.isnan(value)) and str(value) not in ("", "NaT")
 
 
-def commands(trace: Trace, facts: pd.Series, out: Path) -> str:
+def commands(trace: Trace, facts: dict[Any, Any], out: Path) -> str:
     """The command lines that give this report again."""
     corpus = facts["corpus"] if isinstance(facts["corpus"], dict) else {}
     lines = []
@@ -319,11 +328,6 @@ def commands(trace: Trace, facts: pd.Series, out: Path) -> str:
         lines.append(shlex.join(parts))
     lines.append(shlex.join(["workbench", "report", trace.path.name, "--run", trace.run, "--out", out.name]))
     return "\n".join(lines)
-
-
-def describe(problem: dict[str, Any]) -> str:
-    """A row of `validate` as a sentence."""
-    return " · ".join(f"{cell(value)}" for value in problem.values() if present(value))
 
 
 def in_script(text: str) -> str:

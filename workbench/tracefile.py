@@ -82,7 +82,7 @@ class Trace:
         """
         with schema.reading(self.path) as con:
             frame = con.execute("SELECT * EXCLUDE (run) FROM sequences WHERE run = ? ORDER BY seq", [self.run]).df()
-        frame = frame[frame["seq"].isin(self._seqs)].reset_index(drop=True)
+        frame = frame.loc[np.isin(frame["seq"], self._seqs)].reset_index(drop=True)
         metadata = pd.DataFrame([json.loads(text) for text in frame.pop("metadata")], index=frame.index)
         return frame.join(metadata.rename(columns={name: f"metadata_{name}" for name in metadata if name in frame}))
 
@@ -92,7 +92,7 @@ class Trace:
             frame = con.execute(
                 "SELECT seq, pos, token_id, phase, nll FROM tokens WHERE run = ? ORDER BY seq, pos", [self.run]
             ).df()
-        return frame[frame["seq"].isin(self._seqs)].reset_index(drop=True)
+        return frame.loc[np.isin(frame["seq"], self._seqs)].reset_index(drop=True)
 
     def vocabulary(self) -> pd.DataFrame:
         """token_id, text: the ids that occur in the run, by id."""
@@ -160,10 +160,10 @@ class Trace:
         out[at[known]] = _matrix(rows["probs"], n_experts, np.float32, np.nan)[known]
         return out
 
-    def _layer(self, layer: int) -> pd.Series:
+    def _layer(self, layer: int) -> dict[str, Any]:
         if not 0 <= layer < self.n_layers:
             raise InputError(f"layer {layer}: run {self.run!r} has layers 0 to {self.n_layers - 1}.")
-        return self.layers.iloc[layer]
+        return self.layers.iloc[layer].to_dict()
 
     def _need(self, name: str) -> None:
         if name not in self.recorded:
@@ -222,7 +222,7 @@ def _matrix(lists: pa.ChunkedArray, width: int, dtype: Any, fill: Any) -> np.nda
     for chunk in lists.chunks:
         n = len(chunk)
         offsets = chunk.offsets.to_numpy()
-        values = chunk.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]] if n else []
+        values = chunk.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
         counts = np.diff(offsets)
         if n and len(values) == n * width and (counts == width).all():
             out[row : row + n] = values.reshape(n, width)

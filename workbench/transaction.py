@@ -15,9 +15,12 @@ from workbench.errors import RunError
 from workbench.routing import NO_EXPERT, Routing
 from workbench.schema import PHASES
 
+ROW_GROUP = 122_880
+"""Rows that DuckDB keeps together."""
+
 # A transaction below about 300 k rows goes through DuckDB's write-ahead log, at a third of the speed and up to twice
 # the size; larger ones waste less of the last block of each column.
-COMMIT_TOKEN_LAYERS = 5 * 122_880  # as many whole row groups
+COMMIT_TOKEN_LAYERS = 5 * ROW_GROUP
 COMMIT_BYTES = 192 << 20
 COMMIT_SECONDS = 30.0
 
@@ -101,7 +104,7 @@ class Transaction:
 
     def name(self, texts: Mapping[int, str], known: set[int]) -> None:
         """Add the texts of token ids that are not `known`."""
-        self.vocabulary |= {int(i): clean(text) for i, text in texts.items() if i not in known}
+        self.vocabulary |= {int(i): clean(text) or "" for i, text in texts.items() if i not in known}
 
     def insert(self, con: duckdb.DuckDBPyConnection) -> None:
         """Write everything inside the transaction that `con` has begun; routing layer by layer, as it will be read."""
@@ -156,7 +159,7 @@ def _encode(
 ) -> dict[str, np.ndarray]:
     """The columns of one layer: lists as flat values, `counts` int32 (n,) of them a row."""
 
-    def where(rows: np.ndarray) -> str:
+    def where(rows: Any) -> str:
         row = int(np.argmax(rows))
         return f"layer {layer['layer']} ({layer['name']}), sequence {tokens['seq'][row]}, position {tokens['pos'][row]}"
 
@@ -288,7 +291,8 @@ def insert_rows(con: duckdb.DuckDBPyConnection, table: str, rows: list[dict[str,
 
 def _insert(con: duckdb.DuckDBPyConnection, table: str, run: str, rows: pa.Table) -> None:
     names = ", ".join(rows.column_names)
-    # In one piece: several would be inserted in parallel and leave row groups that are only partly filled.
-    con.register("incoming", rows.combine_chunks())
+    # Batches are inserted in parallel. Other sizes than whole row groups would leave some partly filled, or be slower.
+    batches = rows.combine_chunks().to_batches(max_chunksize=ROW_GROUP)
+    con.register("incoming", pa.Table.from_batches(batches, rows.schema))
     con.execute(f"INSERT INTO {table} (run, {names}) SELECT ?, {names} FROM incoming", [run])
     con.unregister("incoming")

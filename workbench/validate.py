@@ -46,8 +46,12 @@ def validate(path: str | os.PathLike, run: str | None = None) -> pd.DataFrame:
 def _broken(con: duckdb.DuckDBPyConnection, check: Check, run: str | None) -> list[tuple]:
     query = f"""
         {_OF_RUN if run is not None else "WITH"}
-        broken AS ({check.sql})
-        SELECT count(*), arg_min({{l: layer, s: seq, p: pos, m: coalesce(message, 'a value is missing')}}, (layer, seq, pos)) FROM broken"""
+        broken AS ({check.sql}),
+        told AS (
+            SELECT (layer, seq, pos) AS place,
+                {{l: layer, s: seq, p: pos, m: coalesce(message, 'a value is missing')}} AS row
+            FROM broken)
+        SELECT count(*), arg_min(row, place) FROM told"""
     try:
         rows, first = con.execute(query, {} if run is None else {"run": run}).fetchall()[0]
     except duckdb.Error as error:  # such as a block that can't be read

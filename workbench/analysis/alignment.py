@@ -154,7 +154,7 @@ def align(trace: Trace, reference: str, by: str) -> Aligned:
         )
     languages = sorted(set(part["lang"]) - {reference})
     text, segments = pd.factorize(part["segment"])
-    language = pd.Index([reference, *languages]).get_indexer(part["lang"])
+    language = pd.Index([reference, *languages]).get_indexer(pd.Index(part["lang"]))
     key = text * (1 + len(languages)) + language
     pairs, cell_of_part = np.unique(key, return_inverse=True)
     cells = np.full(len(segments) * (1 + len(languages)), -1)
@@ -317,7 +317,7 @@ def findings(frame: pd.DataFrame) -> list[str]:
     reference = frame["reference"].iloc[0]
     by_language = frame[frame["lang"] != POOLED].groupby("lang")
     each = by_language.agg(value=("value", "mean"), n_texts=("n_texts", "max")).dropna()
-    pooled = frame[frame["lang"] == POOLED].set_index("layer")
+    pooled = frame[frame["lang"] == POOLED]
     if each.empty:
         return [f"No pair of translations has a defined {measure}."]
     # Languages with few of the texts were compared on other content: ranking them with the rest would mislead.
@@ -331,11 +331,10 @@ def findings(frame: pd.DataFrame) -> list[str]:
     else:
         sentences = [f"Averaged over layers, the {measure} of {fair.index[0]} from {reference} is {fair.iloc[0]:.2f}."]
     if pooled["gain"].notna().any():
-        layer = pooled["gain"].idxmax()
-        row = pooled.loc[layer]
+        row = pooled.iloc[pooled["gain"].argmax()]
         clear = (pooled["gain_low"] > 0).sum()
         sentences.append(
             f"Translations are routed more alike than other texts of the same languages in {clear} of {len(pooled)} "
-            f"layers, most in layer {layer}: {row['value']:.2f} against {row['shuffled']:.2f}."
+            f"layers, most in layer {row['layer']}: {row['value']:.2f} against {row['shuffled']:.2f}."
         )
     return sentences

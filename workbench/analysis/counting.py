@@ -6,6 +6,7 @@ label (and one stratum). Counts are kept a cell and never a token.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -116,7 +117,7 @@ def token_labels(
     raise InputError(no_column(sequences, by))
 
 
-def as_label(value: object) -> str | None:
+def as_label(value: Any) -> str | None:
     """A metadata value (a text, a number, a list, …) as a label; None where it is missing."""
     return None if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
 

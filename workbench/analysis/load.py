@@ -95,9 +95,9 @@ def findings(frame: pd.DataFrame) -> list[str]:
     """The busiest expert, in a sentence."""
     if not frame["share"].notna().any():
         return ["No token used any expert."]
-    busiest = frame.loc[frame["share"].idxmax()]
+    busiest = frame.iloc[frame["share"].argmax()]
     whose = "" if frame["group"].nunique() == 1 else f" on {busiest['group']}"
     return [
-        f"The busiest expert is number {busiest.expert} of layer {busiest.layer}: it takes {busiest.share:.1%} of the "
-        f"layer's assignments{whose}, {busiest.load:.1f} times an even share."
+        f"The busiest expert is number {busiest['expert']} of layer {busiest['layer']}: it takes {busiest['share']:.1%}"
+        f" of the layer's assignments{whose}, {busiest['load']:.1f} times an even share."
     ]

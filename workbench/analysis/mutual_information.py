@@ -55,7 +55,9 @@ def mutual_information(
         rows = count(trace, layer, cells)
         counts = sum_by(rows, cells.group, n_groups)
         value = float(nats(counts))
-        low, high = interval(nats(bootstrap_sums(rows, cells.text, cells.group, n_groups, n_resamples, seed)), value)
+        low, high = interval(
+            nats(bootstrap_sums(rows, cells.text, cells.group, n_groups, n_resamples, seed)), np.array(value)
+        )
         chance = [
             nats(permuted)
             for permuted in permuted_sums(rows, cells.group, n_groups, n_permutations, seed, cells.strata)
@@ -98,7 +100,7 @@ def nats(counts: np.ndarray) -> np.ndarray:
 def figure(frame: pd.DataFrame) -> Figure:
     """Mutual information by layer with its interval, above the 95% bound of the permutation null."""
     result = figures.panels([""], height=240, legend=True)
-    figures.line(result, frame["layer"], frame["null_high"], name="95% of permutations", style=figures.NULL, fill=True)
+    figures.line(result, frame["layer"], frame["null_high"], name="95% of shuffles of the labels stay below", style=figures.NULL, fill=True)
     figures.line(
         result, frame["layer"], frame["mutual_information"], frame["low"], frame["high"],
         name=f"expert choice and {figures.noun(frame['by'].iloc[0])}", style=figures.MAIN,
@@ -114,7 +116,7 @@ def findings(frame: pd.DataFrame) -> list[str]:
         return ["No token used any expert."]
     noun = figures.noun(frame["by"].iloc[0])
     within = frame["within"].iloc[0]
-    top = frame.loc[frame["mutual_information"].idxmax()]
+    top = frame.iloc[frame["mutual_information"].argmax()]
     clear = (frame["mutual_information"] > frame["null_high"]).sum()
     shuffled = "shuffled labels give" if within is None else f"labels shuffled within each {figures.noun(within)} give"
     return [

@@ -148,7 +148,8 @@ def findings(frame: pd.DataFrame) -> list[str]:
         f"(false-discovery rate {SIGNIFICANT:.0%})."
     ]
     if len(significant):
-        top = significant.loc[(significant["share"] * (1 - 1 / significant["relative"])).idxmax()]
+        surplus = significant["share"] * (1 - 1 / significant["relative"])
+        top = significant.iloc[surplus.argmax()]
         sentences.append(
             f"The largest single preference: {top['group']} sends {top['share']:.1%} of its layer-{top['layer']} "
             f"assignments to expert {top['expert']}, {top['relative']:.1f} times as many as all texts together."

@@ -111,9 +111,11 @@ def findings(frame: pd.DataFrame) -> list[str]:
         "none": "There is no clear U-shape",
     }[row["shape"]]
     count = (frame.loc[frame["lang"] != POOLED, "shape"] == "U").sum()
+    ends = [
+        f"{end} − middle [{row[f'{end}_minus_middle_low']:+.3f}, {row[f'{end}_minus_middle_high']:+.3f}]"
+        for end in ("first", "last")
+    ]
     return [
-        f"{meaning} (thirds: {row['first']:.3f}, {row['middle']:.3f}, {row['last']:.3f}; first − middle "
-        f"[{row['first_minus_middle_low']:+.3f}, {row['first_minus_middle_high']:+.3f}], last − middle "
-        f"[{row['last_minus_middle_low']:+.3f}, {row['last_minus_middle_high']:+.3f}]). "
-        f"{count} of {len(frame) - 1} languages show a U on their own."
+        f"{meaning} (mean divergence of each third of the layers: {row['first']:.3f}, {row['middle']:.3f}, "
+        f"{row['last']:.3f}; {', '.join(ends).replace('-', '−')}). {count} of {len(frame) - 1} languages show a U on their own."
     ]

@@ -3,15 +3,18 @@
 Every way runs the forward pass and the loss of each token; what differs is only what is kept:
 
     forward       nothing
-    workbench     ids and weights of every router, into a DuckDB file
+    workbench     ids and weights of every router, into a DuckDB file, as `workbench trace` does
     torch.save    full router logits of every layer, a file a layer and batch
-    nnsight       an nnsight trace that saves every router's output
+    nnsight       an nnsight trace that saves every router's output, in memory
     json lines    ids of every token as JSON lines
 
-The ways alternate within a round and their ids are compared before any figure is printed. Peak memory is that of
-processes of their own, which trace 100 thousand and 1 million tokens.
+The ways take turns within a round, and no figure is printed unless all of them saw the same ids. Opening, committing
+and closing the file count. Beside the clock stands the processor time of all threads, which says more on a machine
+that is busy with something else. Peak memory is that of processes of their own, which trace 100 thousand and 1 million
+tokens.
 """
 
+import copy
 import json
 import platform
 import subprocess
@@ -19,224 +22,266 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from workbench.capture import _block, _next_token_nll
+from workbench.capture import header, layer_rows, next_token_nll, run_batch
 from workbench.models import Model, load
 from workbench.recorder import Recorder
 from workbench.store import Writer
 from workbench.tokenization import Sequence
 from workbench.tracefile import Trace
 
-WAYS = ("forward", "workbench", "torch.save", "nnsight", "json lines")
+Way = Callable[[list[torch.Tensor], Path], Callable[[], np.ndarray]]
+"""Runs the batches, keeping what it keeps in a folder; the result gives the ids of the last batch, sorted, as integers
+(layers, tokens, k). Reading them back is not timed."""
 
 
-def run(quick: bool = False) -> dict:
+def run(quick: bool = False) -> dict[str, Any]:
     """Measure the demonstration model and a mid-size one; prints a table, returns every figure."""
     demo = load("demo", dtype="float32")
     mid = load(_mid_size(quick), tokenizer=demo.tokenizer)
-    rounds, n = (1, 2) if quick else (3, 12)
+    rounds = 1 if quick else 5
     result = {
-        "date": date.today().isoformat(),
+        "bench": "trace",
+        "date": datetime.now(UTC).date().isoformat(),
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "demo": _compare(demo, rounds, n),
-        "mid-size": _compare(mid, rounds, n),
-        "memory": _memory(*((2_000, 6_000) if quick else (100_000, 1_000_000))),
+        "demo": _compare(demo, rounds, 2 if quick else 32),
+        "mid-size": _compare(mid, rounds, 2 if quick else 8),
+        "memory": memory(*((2_000, 6_000) if quick else (100_000, 1_000_000))),
     }
     for name in ("demo", "mid-size"):
-        print(
-            f"{name}: {result[name]['tokens']:,} tokens, time over the forward pass alone (lowest to highest of {rounds} rounds)"
-        )
-        for way in WAYS:
-            ratio = result[name]["ratio"][way]
-            print(f"  {way:<12} {ratio['median']:.3f}   ({ratio['lowest']:.3f} to {ratio['highest']:.3f})")
-    memory = result["memory"]
-    print(
-        f"peak memory after {memory['tokens'][1]:,} tokens over that after {memory['tokens'][0]:,}: {memory['ratio']:.3f}"
-    )
+        _print(name, result[name])
+    (few, many), ratio = result["memory"]["tokens"], result["memory"]["ratio"]
+    print(f"peak memory after {many:,} tokens over that after {few:,}: {ratio:.3f}")
     return result
+
+
+def _print(name: str, measured: dict[str, Any]) -> None:
+    print(f"{name}: {measured['tokens']:,} tokens a round, over the forward pass alone: median (lowest to highest)")
+    print(f"  {'':<12} {'time':<24} processor time")
+    for way in measured["time"]:
+        cells = []
+        for kind in ("time", "processor_time"):
+            ratio = measured[kind][way]
+            cells.append(f"{ratio['median']:.3f} ({ratio['lowest']:.3f} to {ratio['highest']:.3f})")
+        print(f"  {way:<12} {cells[0]:<24} {cells[1]}")
 
 
 def _mid_size(quick: bool) -> OlmoeForCausalLM:
     """Hidden 512, 8 layers, 64 experts, top-8, random weights."""
-    torch.manual_seed(0)
     size = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2} if quick else {}
-    defaults = {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 8}
-    config = OlmoeConfig(
+    return _olmoe(
+        **({"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 8} | size),
         vocab_size=8192,
         num_attention_heads=8,
-        num_key_value_heads=8,
         num_experts=64,
         num_experts_per_tok=8,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=0,
-        **(defaults | size),
     )
+
+
+def _olmoe(**sizes: int) -> OlmoeForCausalLM:
+    torch.manual_seed(0)
+    config = OlmoeConfig(max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=0, **sizes)
     return OlmoeForCausalLM(config).eval()
 
 
-def _compare(model: Model, rounds: int, n_batches: int) -> dict:
-    """Time each way over the same batches of 8 × 256 random tokens, after checking that they saw the same ids."""
+def _compare(model: Model, rounds: int, n_batches: int) -> dict[str, Any]:
+    """Time each way over the same batches of 8 × 256 random tokens, after checking that they see the same ids."""
     generator = torch.Generator().manual_seed(0)
     shape = (8, min(256, model.max_length or 256))
     batches = [torch.randint(4, 8000, shape, generator=generator) for _ in range(n_batches)]
-    ways: dict[str, Callable] = {
-        "forward": _forward,
-        "workbench": _workbench,
-        "torch.save": _torch_save,
-        "nnsight": _nnsight(model),
-        "json lines": _json_lines,
+    ways: dict[str, Way] = {
+        "forward": _forward(model),
+        "workbench": _workbench(model),
+        "torch.save": _torch_save(model),
+        "json lines": _json_lines(model),
     }
-    seen: dict[str, np.ndarray] = {}
-    for name, way in ways.items():  # warm up, and compare
+    try:
+        ways["nnsight"] = _nnsight(model)
+    except ImportError:
+        print("nnsight is not installed: measured without it", file=sys.stderr)
+    seen = {}
+    for name, way in ways.items():  # warms up, too
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            seen[name] = way(model, batches[:1], Path(folder), True)
-    for name in WAYS[2:]:
-        if not np.array_equal(seen["workbench"], seen[name]):
+            seen[name] = way(batches[:1], Path(folder))()
+    for name, ids in seen.items():
+        if name != "forward" and not np.array_equal(seen["workbench"], ids):
             raise AssertionError(f"{name} saw other ids than the workbench on {model.name}: nothing was measured")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    clock: dict[str, list[float]] = {name: [] for name in ways}
+    processor: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds):
-        order = list(ways.items())
-        for name, way in order[turn % len(order) :] + order[: turn % len(order)]:
+        order = list(ways)
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
             with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-                start = time.perf_counter()
-                way(model, batches, Path(folder), False)
-                seconds[name].append(time.perf_counter() - start)
-    ratios = {
-        name: [one / base for one, base in zip(times, seconds["forward"], strict=True)]
-        for name, times in seconds.items()
-    }
+                started = time.perf_counter(), time.process_time()
+                ways[name](batches, Path(folder))
+                clock[name].append(time.perf_counter() - started[0])
+                processor[name].append(time.process_time() - started[1])
+    tokens = n_batches * shape[0] * shape[1]
     return {
-        "tokens": n_batches * shape[0] * shape[1],
-        "tokens_per_second": n_batches * shape[0] * shape[1] / median(seconds["forward"]),
-        "seconds": seconds,
-        "ratio": {
-            name: {"median": median(values), "lowest": min(values), "highest": max(values)}
-            for name, values in ratios.items()
-        },
+        "tokens": tokens,
+        "rounds": rounds,
+        "tokens_per_second": round(tokens / median(clock["forward"])),
+        "time": _ratios(clock),
+        "processor_time": _ratios(processor),
     }
+
+
+def _ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Each way over the forward pass of the same round."""
+    result = {}
+    for name, times in seconds.items():
+        ratios = [one / base for one, base in zip(times, seconds["forward"], strict=True)]
+        result[name] = {
+            "median": round(median(ratios), 4),
+            "lowest": round(min(ratios), 4),
+            "highest": round(max(ratios), 4),
+        }
+    return result
 
 
 def _step(model: Model, ids: torch.Tensor) -> torch.Tensor:
-    mask = torch.ones_like(ids)
-    return _next_token_nll(model.module(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids)
+    """The forward pass and the loss of each token, as `workbench.capture` has them."""
+    logits = model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return next_token_nll(logits, ids)
 
 
-def _forward(model: Model, batches: list[torch.Tensor], folder: Path, check: bool) -> np.ndarray:
-    for ids in batches:
-        _step(model, ids)
-    return np.empty(0)
-
-
-def _workbench(model: Model, batches: list[torch.Tensor], folder: Path, check: bool) -> np.ndarray:
-    header = {"run": "bench", "model": model.name, "recorded": ["ids", "weights"]}
-    layers = [
-        {"layer": one.index, "name": one.name, "n_experts": one.n_experts, "top_k": one.top_k} for one in model.layers
-    ]
-    with (
-        Writer(folder / "bench.duckdb", header, layers, mode="new") as writer,
-        Recorder(model, {"weights"}) as recorder,
-    ):
-        for number, ids in enumerate(batches):
-            nll = _step(model, ids)
-            (observed,) = recorder.take()
-            kept = torch.ones_like(ids, dtype=torch.bool)
-            rows = [
-                Sequence(
-                    seq=number * len(ids) + row,
-                    token_ids=ids[row].numpy().astype(np.int32),
-                    phase=np.ones(ids.shape[1], dtype=np.uint8),
-                    sha256="0" * 64,
-                )
-                for row in range(len(ids))
-            ]
-            phase = np.ones(ids.numel(), dtype=np.uint8)
-            writer.append(_block(rows, observed, kept, ids, phase, nll[kept].numpy(), [0] * len(ids)))
-    if not check:
-        return np.empty(0)
-    trace = Trace(folder / "bench.duckdb")
-    return np.sort(np.stack([trace.experts(layer) for layer in range(trace.n_layers)]), axis=-1)
-
-
-def _torch_save(model: Model, batches: list[torch.Tensor], folder: Path, check: bool) -> np.ndarray:
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(layer: int):
-        return lambda module, args, output: kept.__setitem__(layer, output[0])
-
-    hooks = [layer.router.register_forward_hook(keep(layer.index)) for layer in model.layers]
-    try:
-        for number, ids in enumerate(batches):
-            _step(model, ids)
-            for layer, logits in kept.items():
-                torch.save(logits.clone(), folder / f"{number}.{layer}.pt")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not check:
-        return np.empty(0)
-    chosen = [kept[layer.index].topk(layer.top_k, dim=-1).indices for layer in model.layers]
-    return np.sort(torch.stack(chosen).numpy().astype(np.uint16), axis=-1)
-
-
-def _nnsight(model: Model) -> Callable:
-    import nnsight
-
-    wrapped = nnsight.TransformersModel(model.module, tokenizer=model.tokenizer, task="text-generation")
-
-    def way(model: Model, batches: list[torch.Tensor], folder: Path, check: bool) -> np.ndarray:
-        saved = []
+def _forward(model: Model) -> Way:
+    def way(batches: list[torch.Tensor], folder: Path) -> Callable[[], np.ndarray]:
         for ids in batches:
-            with wrapped.trace(ids):
-                saved = [block.mlp.gate.output.save() for block in wrapped.model.layers]
-                logits = wrapped.lm_head.output.save()
-            _next_token_nll(logits, ids)
-        return np.sort(torch.stack([output[2] for output in saved]).numpy().astype(np.uint16), axis=-1)
+            _step(model, ids)
+        return lambda: np.empty(0)
 
     return way
 
 
-def _json_lines(model: Model, batches: list[torch.Tensor], folder: Path, check: bool) -> np.ndarray:
-    last: list[torch.Tensor] = []
-    with Recorder(model, set()) as recorder, (folder / "ids.jsonl").open("w") as file:
+def _workbench(model: Model) -> Way:
+    def way(batches: list[torch.Tensor], folder: Path) -> Callable[[], np.ndarray]:
+        out = folder / "bench.duckdb"
+        run = header(model, "bench", ["ids", "weights"], {})
+        with Writer(out, run, layer_rows(model)) as writer, Recorder(model, {"weights"}) as recorder:
+            for number, ids in enumerate(batches):
+                writer.append(run_batch(model, recorder, _sequences(number, ids)))
+
+        def last() -> np.ndarray:
+            trace = Trace(out)
+            experts = np.stack([trace.experts(layer) for layer in range(trace.n_layers)])
+            return np.sort(experts[:, -batches[-1].numel() :].astype(np.int64), axis=-1)
+
+        return last
+
+    return way
+
+
+def _sequences(number: int, ids: torch.Tensor) -> list[Sequence]:
+    """The rows of a batch as sequences; the first batch is number 0."""
+    return [
+        Sequence(
+            seq=number * len(ids) + row,
+            token_ids=tokens.astype(np.int32),
+            phase=np.ones(len(tokens), dtype=np.uint8),
+            lang=None,
+            domain=None,
+            source="bench",
+            segment_id=None,
+            metadata={},
+            sha256="0" * 64,
+        )
+        for row, tokens in enumerate(ids.numpy())
+    ]
+
+
+def _torch_save(model: Model) -> Way:
+    def way(batches: list[torch.Tensor], folder: Path) -> Callable[[], np.ndarray]:
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(layer: int) -> Callable[..., None]:
+            return lambda _module, _args, output: kept.update({layer: output[0]})
+
+        hooks = [layer.router.register_forward_hook(keep(layer.index)) for layer in model.layers]
+        try:
+            for number, ids in enumerate(batches):
+                _step(model, ids)
+                for layer, logits in kept.items():
+                    torch.save(logits, folder / f"{number}.{layer}.pt")
+        finally:
+            for hook in hooks:
+                hook.remove()
+        k = model.layers[0].top_k
+        return lambda: _sorted([kept[layer.index].topk(k, dim=-1).indices for layer in model.layers])
+
+    return way
+
+
+def _json_lines(model: Model) -> Way:
+    def way(batches: list[torch.Tensor], folder: Path) -> Callable[[], np.ndarray]:
+        last: list[torch.Tensor] = []
+        with Recorder(model, set()) as recorder, (folder / "ids.jsonl").open("w") as file:
+            for ids in batches:
+                _step(model, ids)
+                (observed,) = recorder.take()
+                last = [layer.experts.flatten(0, 1) for layer in observed]
+                for token in torch.stack(last, dim=1).tolist():
+                    file.write(json.dumps(token) + "\n")
+        return lambda: _sorted(last)
+
+    return way
+
+
+def _nnsight(model: Model) -> Way:
+    import nnsight
+
+    # A copy: nnsight leaves hooks in the module that it wraps.
+    wrapped = nnsight.TransformersModel(  # type: ignore[attr-defined]
+        copy.deepcopy(model.module), tokenizer=model.tokenizer, task="text-generation"
+    )
+
+    def way(batches: list[torch.Tensor], folder: Path) -> Callable[[], np.ndarray]:
+        saved: Any = []
         for ids in batches:
-            _step(model, ids)
-            (observed,) = recorder.take()
-            last = [layer.experts.flatten(0, 1) for layer in observed]
-            for token in torch.stack(last, dim=1).tolist():
-                file.write(json.dumps(token) + "\n")
-    return np.sort(torch.stack(last).numpy().astype(np.uint16), axis=-1)
+            with wrapped.trace(ids):
+                saved = nnsight.save([block.mlp.gate.output for block in wrapped.model.layers])
+                logits = wrapped.lm_head.output.save()
+            next_token_nll(logits, ids)
+        return lambda: _sorted([output[2] for output in saved])
+
+    return way
 
 
+def _sorted(experts: list[torch.Tensor]) -> np.ndarray:
+    return np.sort(torch.stack(experts).numpy(), axis=-1)
+
+
+# Not ru_maxrss: that begins with the peak of the process that started this one.
 _MEMORY = """
-import resource, sys, torch, workbench
-from transformers import OlmoeConfig, OlmoeForCausalLM
+import re, sys
+from pathlib import Path
+import workbench
+from workbench.bench.trace import _olmoe
 tokenizer = workbench.load("demo").tokenizer
-torch.manual_seed(0)
-config = OlmoeConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=16, num_hidden_layers=2,
-    num_attention_heads=2, num_experts=16, num_experts_per_tok=4, max_position_embeddings=512, pad_token_id=0, eos_token_id=0)
-model = workbench.load(OlmoeForCausalLM(config).eval(), tokenizer=tokenizer)
-trace = workbench.trace(model, "all", sys.argv[1], max_tokens=int(sys.argv[2]), long_texts="split", progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+module = _olmoe(vocab_size=len(tokenizer), num_experts=16, num_experts_per_tok=4, **sizes)
+model = workbench.load(module, tokenizer=tokenizer)
+workbench.trace(model, "all", sys.argv[1], max_tokens=int(sys.argv[2]), long_texts="split", progress=False)
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
 """
 
 
-def _memory(few: int, many: int) -> dict:
-    """Peak resident bytes of processes that trace `few` and `many` tokens with a tiny model."""
+def memory(few: int, many: int) -> dict[str, Any]:
+    """Peak resident bytes of processes that trace `few` and `many` tokens with a tiny model. Linux only."""
     peaks = []
     for tokens in (few, many):
         with tempfile.TemporaryDirectory() as folder:
             arguments = [sys.executable, "-c", _MEMORY, f"{folder}/trace.duckdb", str(tokens)]
-            done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+            done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True)
             peaks.append(int(done.stdout.split()[-1]))
-    return {"tokens": [few, many], "peak_bytes": peaks, "ratio": peaks[1] / peaks[0]}
+    return {"tokens": [few, many], "peak_bytes": peaks, "ratio": round(peaks[1] / peaks[0], 4)}
