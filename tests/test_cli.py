@@ -104,7 +104,7 @@ def test_trace(workbench: Command, folder: Path, tmp_path: Path):
         *tracing(folder, out, "--overwrite", "--max-length", 20, "--long", "split", "--dtype", "bfloat16")
     )
     assert replaced.code == 0 and Trace(out).runs()["dtype"].tolist() == ["bfloat16"]
-    assert Trace(out).sequences()["n_tokens"].max() == 20
+    assert max(Trace(out).sequences()["n_tokens"].tolist()) == 20
 
 
 def test_trace_as_a_process(folder: Path, tmp_path: Path):

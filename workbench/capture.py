@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Several
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -293,7 +294,8 @@ def _generated(model: Model, recorder: Recorder, batch: list[Sequence], n: int) 
     The last sampled token is never fed back, so it has no routing: one token more than asked is generated and dropped.
     A sequence ends before its end-of-text token, which is fed back only if its batch goes on.
     """
-    module, pad = model.module, _pad_id(model)
+    module: Any = model.module
+    pad = _pad_id(model)
     ids, mask = _padded(batch, pad, "left", model.device)
     result = module.generate(
         input_ids=ids,

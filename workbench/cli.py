@@ -6,7 +6,7 @@ Nothing heavy is imported before a command runs, so that `workbench --help` answ
 import json
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,18 +26,18 @@ app = typer.Typer(
 )
 
 
-class LongTexts(StrEnum):
+class LongTexts(Enum):
     refuse = "refuse"
     split = "split"
     cut = "cut"
 
 
-class BadRows(StrEnum):
+class BadRows(Enum):
     refuse = "refuse"
     skip = "skip"
 
 
-class Benchmark(StrEnum):
+class Benchmark(Enum):
     trace = "trace"
     store = "store"
 
@@ -147,7 +147,7 @@ def validate(file: File, run: Run = None, as_json: Json = False) -> None:
         print(f"{file}: no problems")
     else:
         _print_table(problems)
-    if (problems["severity"] == "error").any():
+    if "error" in set(problems["severity"]):
         raise typer.Exit(1)
 
 

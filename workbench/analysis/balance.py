@@ -120,6 +120,9 @@ def findings(frame: pd.DataFrame) -> list[str]:
     if "dead_experts" in whole and frame["group"].nunique() == 1:
         dead = whole["dead_experts"]
         total = frame.drop_duplicates("layer")["n_experts"].sum()
-        where = f", most of them in layer {dead.idxmax()} ({dead.max():.0f})" if dead.sum() else ""
-        sentences.append(f"{dead.sum():.0f} of {total} experts are dead: nearly never chosen{where}.")
+        where = f", most in layer {dead.idxmax()} ({dead.max():.0f})"
+        none = f"None of the {total} experts is dead."
+        sentences.append(
+            f"{dead.sum():.0f} of {total} experts are dead, nearly never chosen{where}." if dead.sum() else none
+        )
     return sentences

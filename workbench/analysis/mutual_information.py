@@ -100,7 +100,14 @@ def nats(counts: np.ndarray) -> np.ndarray:
 def figure(frame: pd.DataFrame) -> Figure:
     """Mutual information by layer with its interval, above the 95% bound of the permutation null."""
     result = figures.panels([""], height=240, legend=True)
-    figures.line(result, frame["layer"], frame["null_high"], name="95% of shuffles of the labels stay below", style=figures.NULL, fill=True)
+    figures.line(
+        result,
+        frame["layer"],
+        frame["null_high"],
+        name="95% of shuffles of the labels stay below",
+        style=figures.NULL,
+        fill=True,
+    )
     figures.line(
         result, frame["layer"], frame["mutual_information"], frame["low"], frame["high"],
         name=f"expert choice and {figures.noun(frame['by'].iloc[0])}", style=figures.MAIN,

@@ -3,7 +3,7 @@
 The layers are cut into thirds by depth (the middle takes the rest). **first − middle** and **last − middle** are
 differences of the mean divergence (see alignment) of a third from that of the middle third.
 
-- **U**: both are above 0 with 95% confidence. This is what multilingual models of the literature show.
+- **U**: both are above 0 with 95% confidence. This shape is reported for large multilingual models.
 - **inverted U**: both below 0. **falling**, **rising**: one above, one below. **none**: anything else.
 
 The intervals cover 95% of bootstrap resamples of texts, all layers and languages of a text drawn together.
@@ -115,7 +115,8 @@ def findings(frame: pd.DataFrame) -> list[str]:
         f"{end} − middle [{row[f'{end}_minus_middle_low']:+.3f}, {row[f'{end}_minus_middle_high']:+.3f}]"
         for end in ("first", "last")
     ]
+    alone = f"{count} of {len(frame) - 1} languages show a U on their own."
     return [
         f"{meaning} (mean divergence of each third of the layers: {row['first']:.3f}, {row['middle']:.3f}, "
-        f"{row['last']:.3f}; {', '.join(ends).replace('-', '−')}). {count} of {len(frame) - 1} languages show a U on their own."
+        f"{row['last']:.3f}; {', '.join(ends).replace('-', '−')}). {alone}"
     ]

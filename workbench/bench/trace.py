@@ -54,8 +54,8 @@ def run(quick: bool = False) -> dict[str, Any]:
         "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "demo": _compare(demo, rounds, 2 if quick else 32),
-        "mid-size": _compare(mid, rounds, 2 if quick else 8),
+        "demo": _compare(demo, rounds, *((2, 2, 64) if quick else (32, 8, 256))),
+        "mid-size": _compare(mid, rounds, *((2, 2, 64) if quick else (8, 8, 256))),
         "memory": memory(*((2_000, 6_000) if quick else (100_000, 1_000_000))),
     }
     for name in ("demo", "mid-size"):
@@ -88,17 +88,16 @@ def _mid_size(quick: bool) -> OlmoeForCausalLM:
     )
 
 
-def _olmoe(**sizes: int) -> OlmoeForCausalLM:
+def _olmoe(**sizes: Any) -> OlmoeForCausalLM:
     torch.manual_seed(0)
     config = OlmoeConfig(max_position_embeddings=512, pad_token_id=0, bos_token_id=None, eos_token_id=0, **sizes)
     return OlmoeForCausalLM(config).eval()
 
 
-def _compare(model: Model, rounds: int, n_batches: int) -> dict[str, Any]:
-    """Time each way over the same batches of 8 × 256 random tokens, after checking that they see the same ids."""
+def _compare(model: Model, rounds: int, n_batches: int, batch: int, length: int) -> dict[str, Any]:
+    """Time each way over the same `batch` × `length` random tokens, after checking that they see the same ids."""
     generator = torch.Generator().manual_seed(0)
-    shape = (8, min(256, model.max_length or 256))
-    batches = [torch.randint(4, 8000, shape, generator=generator) for _ in range(n_batches)]
+    batches = [torch.randint(4, 8000, (batch, length), generator=generator) for _ in range(n_batches)]
     ways: dict[str, Way] = {
         "forward": _forward(model),
         "workbench": _workbench(model),
@@ -126,7 +125,7 @@ def _compare(model: Model, rounds: int, n_batches: int) -> dict[str, Any]:
                 ways[name](batches, Path(folder))
                 clock[name].append(time.perf_counter() - started[0])
                 processor[name].append(time.process_time() - started[1])
-    tokens = n_batches * shape[0] * shape[1]
+    tokens = n_batches * batch * length
     return {
         "tokens": tokens,
         "rounds": rounds,
