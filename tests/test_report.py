@@ -41,13 +41,13 @@ class Page(HTMLParser):
         known = dict(attrs)
         self.tags.append(tag)
         self.inside = tag if tag in ("script", "style") else ""
-        self.addresses += [known[name] for name in ("src", "href", "action", "data", "poster") if known.get(name)]
+        self.addresses += [value for name in ("src", "href", "action", "data", "poster") if (value := known.get(name))]
         if tag == "meta" and known.get("http-equiv") == "Content-Security-Policy":
             self.policy = known["content"] or ""
         if tag == "script":
             self.scripts.append("")
-        if known.get("id"):
-            self.ids.append(known["id"])
+        if identity := known.get("id"):
+            self.ids.append(identity)
         assert not [name for name in known if name.startswith("on")]
 
     def handle_endtag(self, tag):

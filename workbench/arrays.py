@@ -174,7 +174,7 @@ def _sequence_rows(sequences: pd.DataFrame | None, order: np.ndarray) -> list[di
     return [_sequence_row(seq, lengths.get(seq, 0), records[seq]) for seq in sorted(ids)]
 
 
-def _sequence_row(seq: int, n_tokens: int, record: Mapping[str, Any]) -> dict[str, Any]:
+def _sequence_row(seq: int, n_tokens: int, record: Mapping[Any, Any]) -> dict[str, Any]:
     known = {name: record.get(name) for name in _COLUMNS}
     known = {name: None if value is not None and pd.isna(value) else value for name, value in known.items()}
     n_prompt = n_tokens if known["n_prompt"] is None else int(known["n_prompt"])

@@ -171,7 +171,7 @@ def axes(panel: int) -> dict[str, Any]:
 def same_range(result: go.Figure) -> None:
     """Give all panels the vertical range of the first."""
     result.update_yaxes(matches="y")
-    result.layout.yaxis.matches = None  # an axis that follows itself
+    result.layout["yaxis"]["matches"] = None  # an axis that follows itself
 
 
 def line(
@@ -245,7 +245,7 @@ def ratio_scale(result: go.Figure, title: str) -> None:
     ticks = list(range(-REACH, REACH + 1))
     names = [f"{2**tick}×" if tick >= 0 else f"1/{2**-tick}×" for tick in ticks]
     names[0], names[-1] = f"≤ {names[0]}", f"≥ {names[-1]}"
-    height = result.layout.height or HEIGHT
+    height = result.layout["height"] or HEIGHT
     bar = {
         "title": {"text": title, "font": {"size": 11, "color": MUTED}}, "tickvals": ticks, "ticktext": names,
         "thickness": 12, "lenmode": "pixels", "len": min(240, height - 60), "y": 1, "yanchor": "top",
@@ -305,8 +305,8 @@ def image(figure: go.Figure, kind: str) -> bytes:
     browser = find_browser()
     options = {
         "format": kind,
-        "width": figure.layout.width or WIDTH,
-        "height": figure.layout.height or HEIGHT,
+        "width": figure.layout["width"] or WIDTH,
+        "height": figure.layout["height"] or HEIGHT,
         "scale": 2 if kind == "png" else 1,
     }
     page = kaleido.PageGenerator(mathjax=False)  # by default it would be fetched from a CDN

@@ -185,7 +185,7 @@ def answer(trace: Trace, question: Question, drawn: dict[str, Any]) -> dict[str,
     figure = draw(frame)
     csv = base64.b64encode(harmless(frame).to_csv(index=False, float_format="%.6g").encode()).decode()
     name = "-".join([question.name, *([question.arguments["by"]] if "by" in question.arguments else [])])
-    drawn[f"plot-{name}"] = json.loads(figure.to_json())
+    drawn[f"plot-{name}"] = json.loads(figure.to_json() or "")
     rows = question.pick(frame) if question.pick else frame
     rows = rows.loc[:, rows.nunique(dropna=False) > 1] if len(rows) > 1 else rows
     return {
@@ -193,7 +193,7 @@ def answer(trace: Trace, question: Question, drawn: dict[str, Any]) -> dict[str,
         "missing": "",
         "findings": module.findings(frame),
         "plot": f"plot-{name}",
-        "height": figure.layout.height or 420,
+        "height": figure.layout["height"] or 420,
         "columns": [str(column).replace("_", " ") for column in rows.columns],
         "text_columns": [at for at, kind in enumerate(rows.dtypes) if not pd.api.types.is_numeric_dtype(kind)],
         "shown": [[cell(value) for value in row] for row in rows.head(MOST_ROWS).itertuples(index=False)],
@@ -315,6 +315,8 @@ def commands(trace: Trace, facts: dict[Any, Any], out: Path) -> str:
         parts = ["workbench", "trace", str(facts["model"])]
         for name in corpus["names"]:
             parts += ["--corpus", str(name)]
+        if present(facts["dtype"]):
+            parts += ["--dtype", str(facts["dtype"])]
         parts += ["--record", ",".join(sorted(trace.recorded)), "--run", trace.run, "--out", trace.path.name]
         for key, option in {
             "max_length": "--max-length",

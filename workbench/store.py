@@ -28,7 +28,7 @@ from workbench.transaction import Block, Transaction, as_json, clean, insert_row
 __all__ = ["PHASES", "RECORDABLE", "UNKNOWN_TOKEN", "Block", "Writer", "check_target"]
 
 MODES = ("new", "overwrite", "append", "resume")
-QUEUE_BYTES = 64 << 20
+QUEUE_BYTES = 16 << 20
 READERS_WAIT = 600.0
 """Seconds to wait for readers to let go of the file before the run fails."""
 

@@ -163,7 +163,7 @@ class Trace:
     def _layer(self, layer: int) -> dict[str, Any]:
         if not 0 <= layer < self.n_layers:
             raise InputError(f"layer {layer}: run {self.run!r} has layers 0 to {self.n_layers - 1}.")
-        return self.layers.iloc[layer].to_dict()
+        return {str(name): value for name, value in self.layers.iloc[layer].items()}
 
     def _need(self, name: str) -> None:
         if name not in self.recorded:

@@ -5,7 +5,8 @@ exists in the reference language r (English unless asked otherwise) and in langu
 
 - **divergence** = JSD(q_r, q_l) / (log E − ½(H(q_r) + H(q_l))), averaged over the texts the two languages share.
   0: routed alike; 1: disjoint experts. The denominator is the largest JSD that the two entropies allow, so layers with
-  sharp and with flat routers can be compared.
+  sharp and with flat routers can be compared. (Bandarkar et al. 2025, Multilingual Routing in Mixture-of-Experts,
+  arXiv:2510.04694; they publish no code, so the normalisation is as users of the paper cite its appendix.)
 - **shuffled**: the same between *different* texts of the same source: what the two languages differ by when the
   content is not shared. **gain** = shuffled − divergence: how much closer true translations are. A gain near 0 means
   that routing here follows the language (or nothing), not the content.

@@ -267,7 +267,7 @@ from pathlib import Path
 import workbench
 from workbench.bench.trace import _olmoe
 tokenizer = workbench.load("demo").tokenizer
-sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 8, "num_attention_heads": 2}
 module = _olmoe(vocab_size=len(tokenizer), num_experts=16, num_experts_per_tok=4, **sizes)
 model = workbench.load(module, tokenizer=tokenizer)
 workbench.trace(model, "all", sys.argv[1], max_tokens=int(sys.argv[2]), long_texts="split", progress=False)
@@ -276,7 +276,10 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text(
 
 
 def memory(few: int, many: int) -> dict[str, Any]:
-    """Peak resident bytes of processes that trace `few` and `many` tokens with a tiny model. Linux only."""
+    """Peak resident bytes of processes that trace `few` and `many` tokens with a tiny model. Linux only.
+
+    It has 8 routers, so that 100 thousand tokens are more than one transaction.
+    """
     peaks = []
     for tokens in (few, many):
         with tempfile.TemporaryDirectory() as folder:
