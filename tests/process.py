@@ -47,11 +47,13 @@ def _main(
     commit_token_layers: int | None = None,
     file_bytes: int | None = None,
     dies: str | None = None,
+    pause: float = 0,
 ) -> None:
     """Runs in the new process.
 
     commit_token_layers  commit this often, so that a short run has many transactions
     file_bytes           longest file that the system lets it write
+    pause                seconds it rests after each transaction, so that others get to look
     dies                 where in its third transaction the process kills itself: see `_die`
     """
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -73,10 +75,22 @@ def _main(
         transaction.COMMIT_TOKEN_LAYERS = commit_token_layers
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    if pause:
+        _rest(store.Writer, pause)
     if dies is not None:
         _die(store.Writer, transaction, dies)
     sys.argv = ["workbench", *arguments]
     main()
+
+
+def _rest(writer: Any, pause: float) -> None:
+    commit = writer._commit
+
+    def resting_commit(self: Any, pending: Any) -> None:
+        commit(self, pending)
+        time.sleep(pause)
+
+    writer._commit = resting_commit
 
 
 def _die(writer: Any, transaction: Any, where: str) -> None:

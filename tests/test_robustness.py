@@ -227,7 +227,7 @@ def test_no_room_at_all(folder: Path, tmp_path: Path):
 def test_readers_never_see_half_a_transaction(folder: Path, tmp_path: Path):
     """While a run grows, each look at it finds whole sequences in every table, and never fewer than before."""
     out, log = tmp_path / "t.duckdb", tmp_path / "log"
-    run = process.start(*command(folder, out), log=log, commit_token_layers=COMMIT_TOKEN_LAYERS)
+    run = process.start(*command(folder, out), log=log, commit_token_layers=COMMIT_TOKEN_LAYERS, pause=0.3)
     process.wait_for(out, run)
     seen = []
     while run.is_alive():
