@@ -8,7 +8,6 @@ language and domain is measured here, by the workbench, over the bundled corpora
 
 import json
 import tempfile
-from pathlib import Path
 from typing import Annotated
 
 import pandas as pd

@@ -1,6 +1,6 @@
 """Train the demonstration model: a small OLMoE on multilingual and multi-domain text, on a CPU.
 
-    python data/train_demo.py --data train.jsonl.xz --work WORK --minutes 69
+    python data/train_demo.py --data train.jsonl.xz --work WORK --minutes 85
 
 The data are rows of JSON, `{text, lang, domain, source, segment_id, …}`; rows of one document follow each other. The
 schedule is a budget of wall-clock minutes, so it ends in time on a shared machine; the same command resumes after a
@@ -469,7 +469,7 @@ def main(
     data: Annotated[Path, typer.Option(help="Training rows, .jsonl.xz.")],
     work: Annotated[Path, typer.Option(help="Folder for the packed data, checkpoints and log.json.")],
     out: Annotated[Path, typer.Option(help="Folder that gets demo/ and demo-early/.")] = Path("data/models"),
-    minutes: Annotated[float, typer.Option(help="Wall-clock budget of training.")] = 69,
+    minutes: Annotated[float, typer.Option(help="Wall-clock budget of training.")] = 85,
     early: Annotated[float, typer.Option(help="Share of the budget after which demo-early is taken.")] = 0.09,
     batch: Annotated[int, typer.Option(help="Contexts a step.")] = 16,
     context: Annotated[int, typer.Option(help="Tokens a context.")] = 256,

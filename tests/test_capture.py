@@ -321,7 +321,7 @@ def test_encoder_decoder(tmp_path: Path):
         trace(made, from_rows(["abc"]), tmp_path / "g.duckdb", max_length=64, generate=2, progress=False)
 
 
-@pytest.mark.parametrize("family", ["diffusion_gemma", "openai_privacy_filter"])
+@pytest.mark.parametrize("family", ["diffusion_gemma", "openai_privacy_filter", "switch_transformers"])
 def test_models_that_predict_no_next_token_have_no_nll(family: str, tmp_path: Path):
     made = checkpoint.model(family)
     found = trace(made, from_rows(["abcdef", "gh"]), tmp_path / "t.duckdb", progress=False)

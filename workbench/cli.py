@@ -162,12 +162,27 @@ def models(
     if model is None:
         from workbench.families import families
 
-        _show(families(), as_json)
+        table = families()
+        if as_json:
+            _show(table, as_json)
+        for row in [] if as_json else table.to_dict("records"):
+            print(f"{row['family']:<22} {row['gating'] if row['traced'] else 'refused'}")
+            if row["note"]:
+                print(f"{'':<22} {row['note']}")
         return
     from workbench.models import describe
 
     facts = describe(model, revision=revision, trust_remote_code=trust_remote_code)
-    print(json.dumps(facts, indent=2, default=str) if as_json else _listing(facts))
+    if as_json:
+        print(json.dumps(facts, indent=2, default=str))
+    else:
+        routers = facts.pop("layers")
+        facts = {name: value for name, value in facts.items() if value != ""}
+        print(_listing({"model": facts.pop("model"), "routers": len(routers), **facts}), end="\n\n")
+        for row in routers:
+            shared = f" + {row['n_shared']} shared" if row["n_shared"] else ""
+            size = f"top-{row['top_k']} of {row['n_experts']}{shared}"
+            print(f"{row['layer']:>3}  {row['name']:<40} {size:<24} {row['gating']}  ({row['stack']})")
 
 
 @app.command()

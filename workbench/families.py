@@ -228,7 +228,7 @@ def families() -> pd.DataFrame:
         {
             "family": name,
             "traced": not family.refused,
-            "gating": family.gating,
+            "gating": family.gating.format(scoring=family.scoring),
             "scoring": family.scoring,
             "layout": family.layout,
             "note": family.refused or family.caveat,

@@ -31,7 +31,8 @@ import numpy as np
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from workbench.capture import header, layer_rows, next_token_nll, run_batch
+from workbench.capture import header, layer_rows
+from workbench.forward import next_token_nll, run_batch
 from workbench.models import Model, load
 from workbench.recorder import Recorder
 from workbench.store import Writer

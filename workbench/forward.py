@@ -1,0 +1,202 @@
+"""One batch of sequences through the model, as the block of a trace: padding removed, in NumPy."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from workbench.errors import RunError
+from workbench.models import Model
+from workbench.recorder import Observation, Recorder
+from workbench.routing import Routing
+from workbench.schema import PHASES
+from workbench.store import Block
+from workbench.tokenization import Sequence
+
+
+def run_batch(model: Model, recorder: Recorder, batch: list[Sequence], generate: int = 0) -> Block:
+    """The batch through the model; RunError says at which text it broke off."""
+    try:
+        return _generated(model, recorder, batch, generate) if generate else _forward(model, recorder, batch)
+    except RunError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        size = f"{len(batch)} × {max(len(sequence.token_ids) for sequence in batch)} tokens"
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(
+            f"the model failed on the batch of {size} that begins with text {batch[0].seq}: {why}. If memory ran out, "
+            "trace with a smaller --batch-tokens"
+        ) from error
+
+
+def _padded(batch: list[Sequence], pad: int, side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, int64 (B, S), of sequences of different lengths."""
+    longest = max(len(sequence.token_ids) for sequence in batch)
+    ids = np.full((len(batch), longest), pad, dtype=np.int64)
+    mask = np.zeros((len(batch), longest), dtype=np.int64)
+    for row, sequence in enumerate(batch):
+        n = len(sequence.token_ids)
+        where = slice(longest - n, longest) if side == "left" else slice(0, n)
+        ids[row, where], mask[row, where] = sequence.token_ids, 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def _pad_id(model: Model) -> int:
+    tokenizer = model.tokenizer
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def reads_twice(model: Model) -> bool:
+    """Whether an encoder reads the text before the decoder does."""
+    return bool(getattr(getattr(model.module, "config", None), "is_encoder_decoder", False))
+
+
+def _forward(model: Model, recorder: Recorder, batch: list[Sequence]) -> Block:
+    """One forward pass over whole sequences.
+
+    An encoder–decoder model reads the text in the encoder and again, teacher-forced, in the decoder, so that a
+    position means the same token in both stacks. Its nll is unknown: the decoder could copy what the encoder read.
+    """
+    ids, mask = _padded(batch, _pad_id(model), "right", model.device)
+    decoder = {"decoder_input_ids": ids, "decoder_attention_mask": mask} if reads_twice(model) else {}
+    logits = getattr(model.module(input_ids=ids, attention_mask=mask, use_cache=False, **decoder), "logits", None)
+    (observed,) = recorder.take()
+    kept = mask.bool()
+    nll = np.full(int(kept.sum()), np.nan, dtype=np.float32)
+    if logits is not None and logits.shape[:2] == ids.shape and predicts_next(model) and not decoder:
+        nll = next_token_nll(logits, ids)[kept].cpu().numpy()
+    phase = np.concatenate([sequence.phase for sequence in batch])
+    return _block(batch, observed, kept, ids, phase, nll, generated=[0] * len(batch))
+
+
+def predicts_next(model: Model) -> bool:
+    """Whether the logits at a position are about the next token: not in classifiers and diffusion models."""
+    return model.family not in ("diffusion_gemma",) and getattr(model.module, "can_generate", lambda: False)()
+
+
+def next_token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """float32 (B, S): nats of each token given those before it, NaN for the first. A row at a time saves memory."""
+    nll = torch.full(ids.shape, float("nan"), dtype=torch.float32, device=ids.device)
+    for row in range(len(ids)):
+        nll[row, 1:] = cross_entropy(logits[row, :-1].float(), ids[row, 1:], reduction="none")
+    return nll
+
+
+def _generated(model: Model, recorder: Recorder, batch: list[Sequence], n: int) -> Block:
+    """Greedy generation with the KV cache, recorded step by step.
+
+    The last sampled token is never fed back, so it has no routing: one token more than asked is generated and dropped.
+    A sequence ends before its end-of-text token, which is fed back only if its batch goes on.
+    """
+    module: Any = model.module
+    pad = _pad_id(model)
+    ids, mask = _padded(batch, pad, "left", model.device)
+    result = module.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=n + 1,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    forwards = recorder.take()
+    observed = [_joined([forward[layer] for forward in forwards]) for layer in range(len(model.layers))]
+    steps = len(forwards) - 1  # fewer than n when every sequence ended
+    new = result.sequences[:, ids.shape[1] : ids.shape[1] + steps]
+    end = module.generation_config.eos_token_id
+    ends = torch.isin(new, torch.as_tensor([] if end is None else end, device=new.device))
+    going = ends.cumsum(1) == 0
+    kept = torch.cat([mask.bool(), going], dim=1)
+    token_ids = torch.cat([ids, new], dim=1)
+    nll = torch.full(token_ids.shape, float("nan"), dtype=torch.float32, device=ids.device)
+    for step in range(steps):
+        nll[:, ids.shape[1] + step] = cross_entropy(result.logits[step].float(), new[:, step], reduction="none")
+    lengths = going.sum(1).tolist()
+    generated = PHASES.index("generated")
+    phase = np.concatenate(
+        [np.concatenate([s.phase, np.full(g, generated, np.uint8)]) for s, g in zip(batch, lengths, strict=True)]
+    )
+    return _block(batch, observed, kept, token_ids, phase, nll[kept].cpu().numpy(), generated=lengths)
+
+
+def _joined(steps: list[Observation]) -> Observation:
+    """The forward passes of one generation as one observation: (B, S + steps, …)."""
+    fields = {
+        name: torch.cat([getattr(step, name) for step in steps], dim=1)
+        for name in Observation.__dataclass_fields__
+        if getattr(steps[0], name) is not None
+    }
+    return Observation(**fields)
+
+
+def _block(
+    batch: list[Sequence],
+    observed: list[Observation],
+    kept: torch.Tensor,
+    ids: torch.Tensor,
+    phase: np.ndarray,
+    nll: np.ndarray,
+    generated: list[int],
+) -> Block:
+    """Padding removed, as NumPy, with metadata. kept is bool (B, S); nll and phase are of its n tokens."""
+    lengths = kept.sum(1).tolist()
+    rows = [
+        {
+            "seq": sequence.seq,
+            "sha256": sequence.sha256,
+            "n_prompt": len(sequence.token_ids),
+            "n_tokens": n,
+            "lang": sequence.lang,
+            "domain": sequence.domain,
+            "source": sequence.source,
+            "segment_id": sequence.segment_id,
+            "metadata": sequence.metadata,
+        }
+        for sequence, n in zip(batch, lengths, strict=True)
+    ]
+    if any(n != len(s.token_ids) + g for s, n, g in zip(batch, lengths, generated, strict=True)):
+        raise RunError("the attention mask lost tokens of a sequence")
+    places = None if bool(kept.all()) else kept.flatten().nonzero().squeeze(1)
+    tokens = {
+        "seq": np.repeat(np.array([s.seq for s in batch], dtype=np.int32), lengths),
+        "pos": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        "token_id": _rows(ids, places).to(torch.int32).cpu().numpy(),
+        "phase": phase,
+        "nll": nll,
+    }
+    return Block(
+        sequences=rows,
+        tokens=tokens,
+        routing=[_routing(layer, places) for layer in observed],
+        profiles=None if observed[0].probabilities is None else [_profile(layer, kept) for layer in observed],
+    )
+
+
+def _routing(observed: Observation, places: torch.Tensor | None) -> Routing:
+    def rows(values: torch.Tensor | None) -> np.ndarray | None:
+        return None if values is None else _rows(values, places).float().cpu().numpy()
+
+    return Routing(
+        experts=_rows(observed.experts, places).cpu().numpy().astype(np.uint16),  # -1 wraps to NO_EXPERT
+        weights=rows(observed.weights),
+        entropy=rows(observed.entropy),
+        margin=rows(observed.margin),
+        logits=rows(observed.logits),
+        norms=rows(observed.norms),
+    )
+
+
+def _rows(values: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """(B, S, …) as (n, …): the tokens at `places` of the flattened batch; None stands for all of them, uncopied."""
+    values = values.flatten(0, 1)
+    return values if places is None else values.index_select(0, places)
+
+
+def _profile(observed: Observation, kept: torch.Tensor) -> np.ndarray:
+    """float32 (B, E): mean router probabilities over each sequence's own tokens."""
+    assert observed.probabilities is not None
+    weight = kept.float() / kept.sum(1, keepdim=True)
+    return torch.einsum("bse,bs->be", observed.probabilities.float(), weight).cpu().numpy()
