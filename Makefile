@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RECORD := ids,weights,entropy,margin,profiles
 
-.PHONY: demo demo-full test test-all lint format bench setup browser lock clean
+.PHONY: demo demo-full screenshot test test-all lint format bench setup browser lock clean
 
 setup: $(READY)
 
@@ -28,6 +28,12 @@ demo: setup
 demo-full: setup
 	$(BIN)/workbench trace demo --corpus all --record $(RECORD) --long split --out demo-full.duckdb --overwrite
 	$(BIN)/workbench report demo-full.duckdb --out demo-full-report.html --overwrite
+
+# The picture in README.md.
+screenshot: demo browser
+	$$(command -v chromium || command -v google-chrome) --headless --no-sandbox --disable-gpu --hide-scrollbars \
+	  --no-first-run --disable-background-networking --user-data-dir=$$(mktemp -d) --virtual-time-budget=8000 \
+	  --window-size=1280,1480 --screenshot=docs/report.png file://$(CURDIR)/demo-report.html
 
 lint: setup
 	$(BIN)/ruff check .

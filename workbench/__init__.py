@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from workbench.models import load as load
     from workbench.tracefile import Trace as Trace
 
-__all__ = ["analysis", *_HOME]
+__all__ = ["InputError", "RunError", "Trace", "analysis", "from_arrays", "load", "trace"]
 
 
 def __getattr__(name: str) -> Any:

@@ -245,7 +245,7 @@ def ratio_scale(result: go.Figure, title: str) -> None:
     ticks = list(range(-REACH, REACH + 1))
     names = [f"{2**tick}×" if tick >= 0 else f"1/{2**-tick}×" for tick in ticks]
     names[0], names[-1] = f"≤ {names[0]}", f"≥ {names[-1]}"
-    height = result.layout["height"] or HEIGHT
+    height = float(str(result.layout["height"] or HEIGHT))
     bar = {
         "title": {"text": title, "font": {"size": 11, "color": MUTED}}, "tickvals": ticks, "ticktext": names,
         "thickness": 12, "lenmode": "pixels", "len": min(240, height - 60), "y": 1, "yanchor": "top",

@@ -62,7 +62,7 @@ def test_alignment_against_loop(tmp_path):
             assert row["value"] == pytest.approx(each[lang], abs=1e-5)
             assert row["low"] <= row["value"] <= row["high"]
             assert row["n_texts"] == len(texts) == row["n_sequences"]
-            assert row["gain"] == pytest.approx(row["shuffled"] - row["value"])
+            assert row["gain"] + row["value"] == pytest.approx(row["shuffled"])
         assert frame.loc[(layer, "all"), "value"] == pytest.approx(sum(each.values()) / 2, abs=1e-5)
 
 
