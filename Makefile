@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-RECORD := ids,weights,entropy,margin,profiles
+# 256 tokens are the context that the demonstration model was trained with.
+TRACE := --record ids,weights,entropy,margin,profiles --max-length 256 --long split
 
 .PHONY: demo demo-full screenshot test test-all lint format bench setup browser lock clean
 
@@ -22,11 +23,11 @@ browser:
 	  { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
 
 demo: setup
-	$(BIN)/workbench trace demo --corpus demo --record $(RECORD) --long split --out demo.duckdb --overwrite
+	$(BIN)/workbench trace demo --corpus demo $(TRACE) --out demo.duckdb --overwrite
 	$(BIN)/workbench report demo.duckdb --out demo-report.html --overwrite
 
 demo-full: setup
-	$(BIN)/workbench trace demo --corpus all --record $(RECORD) --long split --out demo-full.duckdb --overwrite
+	$(BIN)/workbench trace demo --corpus all $(TRACE) --out demo-full.duckdb --overwrite
 	$(BIN)/workbench report demo-full.duckdb --out demo-full-report.html --overwrite
 
 # The picture in README.md.

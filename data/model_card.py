@@ -34,19 +34,22 @@ of a real model. It is no useful language model: it writes plausible fragments a
 |---|---|
 | architecture | OLMoE: hidden {{ c.hidden_size }}, {{ c.num_hidden_layers }} layers, {{ c.num_experts }} experts of \
 size {{ c.intermediate_size }}, top-{{ c.num_experts_per_tok }} |
-| parameters | {{ "{:,}".format(t.parameters) }}, in bfloat16 here; trained in float32 |
-| context | {{ t.settings.context }} tokens, each of one document |
+| parameters | {{ "{:,}".format(t.parameters) }}, in bfloat16 here; trained with float32 weights and bfloat16 products |
+| context | {{ t.settings.context }} tokens, of one language, domain and source; the loss rises beyond, so trace with \
+`--max-length {{ t.settings.context }}` |
 | seen in training | {{ "{:,}".format(t.tokens_seen) }} tokens in {{ "{:,}".format(t.step) }} steps, \
 {{ "%.0f"|format(t.minutes) }} minutes on 2 CPU cores |
 | held out | **{{ "%.3f"|format(t.heldout.all.nats_per_token) }} nats a token, \
 {{ "%.3f"|format(t.heldout.all.bits_per_byte) }} bits a byte** over \
-{{ "{:,}".format(t.heldout.all.tokens) }} tokens of documents that training never saw |
+{{ "{:,}".format(t.heldout.all.tokens) }} tokens of passages that training never saw |
 
 ```sh
 {{ t.command }}
 ```
 `train.jsonl.xz` holds rows `{text, lang, domain, source, segment_id, license}` made from packages of the Python, Debian
-and npm indexes under permissive licences and the MPL-2.0; it does not ship with the workbench.
+and npm indexes under permissive licences and the MPL-2.0; it does not ship with the workbench. What is held out are
+passages of up to eight rows, at least 1% of each group of language, domain and source: other passages of the same
+document may have been seen.{% if t.note %} {{ t.note }}{% endif %}
 
 ## Loss
 ![training and held-out loss by tokens seen](loss.svg)
@@ -55,9 +58,9 @@ and npm indexes under permissive licences and the MPL-2.0; it does not ship with
 {{ losses }}
 
 ## What the routers know
-Mutual information of one expert choice and the text's language (over the aligned corpora, where every text exists in
-every language of its corpus; labels permuted within a corpus for the null) and domain (over `domains`, all in English).
-Nats; the interval is a bootstrap over texts; the null its 95% bound over permutations of the texts' labels.
+Mutual information of one expert choice and the text's language, and its domain, over the bundled corpus `demo`.
+Nats; the interval is a bootstrap over texts; the null is the 95% bound over permutations of the texts' labels, of
+languages within each source and of domains within each language, since most domains exist in English only.
 
 {{ information }}
 
@@ -101,16 +104,14 @@ def main(names: Annotated[list[str], typer.Argument(help="demo, demo-early")]) -
 
 def measure(name: str) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
     """Mutual information by layer, balance by layer, and in how many layers each label beats its null."""
-    model = wb.load(name, dtype="float32")
-    parallel = ["libreoffice-help", "home-assistant", "typescript-messages", "udhr"]
+    model = wb.load(name)
     with tempfile.TemporaryDirectory() as folder:
-        aligned = wb.trace(model, parallel, f"{folder}/aligned.duckdb", long_texts="split")
-        domains = wb.trace(model, "domains", f"{folder}/domains.duckdb", long_texts="split")
+        trace = wb.trace(model, "demo", f"{folder}/trace.duckdb", max_length=256, long_texts="split")
         asked = {
-            "lang": wb.analysis.mutual_information(aligned, by="lang", within="source"),
-            "domain": wb.analysis.mutual_information(domains, by="domain"),
+            "lang": wb.analysis.mutual_information(trace, by="lang", within="source"),
+            "domain": wb.analysis.mutual_information(trace, by="domain", within="lang"),
         }
-        measures = wb.analysis.balance(aligned)
+        measures = wb.analysis.balance(trace)
     load = measures.pivot(index="layer", columns="measure", values="value").round(3).reset_index()
     table = pd.DataFrame({"layer": asked["lang"]["layer"]})
     for label, found in asked.items():
@@ -134,7 +135,7 @@ def losses(heldout: dict) -> pd.DataFrame:
 
 def loss_curve(curve: list[dict]) -> Figure:
     """Training loss (smoothed over 20 points) and held-out loss by million tokens seen."""
-    frame = pd.DataFrame(curve)
+    frame = pd.DataFrame(curve, columns=["tokens", "loss", "heldout"])
     millions = frame["tokens"] / 1e6
     heldout = frame["heldout"].dropna()
     result = Figure(layout={"template": figures.template(), "height": 320, "width": 720})

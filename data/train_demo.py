@@ -8,15 +8,11 @@ kill. It leaves `demo/` and `demo-early/` (taken after `--early` of the budget) 
 tokenizer, and `training.json`: settings, loss curve, held-out losses, and what the routers did on held-out text.
 """
 
-import hashlib
 import json
-import lzma
 import math
 import os
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -24,295 +20,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from demo_data import draw, prepare
+from demo_forward import HeadLoss, forward
 from transformers import GenerationConfig, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
-from transformers.models.olmoe.modeling_olmoe import OlmoeDecoderLayer, OlmoeExperts, apply_rotary_pos_emb
-
-EOS, PAD, ROLES = "<|endoftext|>", "<|padding|>", ["<|system|>", "<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-
-
-# Data
-
-
-def document(row: dict) -> str:
-    """The document a row is from: its id without the part that counts rows."""
-    key = row["segment_id"]
-    return key.split("#")[0] if "#" in key else key.split("||")[0] if "||" in key else ".".join(key.split(".")[:3])
-
-
-def render(rows: list[dict]) -> str:
-    """One training text. Every second dialogue is written with role markers, so that their embeddings are trained."""
-    if rows[0]["domain"] != "dialogue":
-        return "\n".join(row["text"] for row in rows) + EOS
-    plain = [row["text"] for row in rows]
-    marked = ["".join(ROLES[1 + i % 2] + turn for i, turn in enumerate(text.split("\n"))) for text in plain]
-    return "".join((marked[i] if i % 2 else plain[i]) + EOS for i in range(len(rows)))
-
-
-def read_groups(path: Path) -> dict[tuple[str, str, str], dict[str, list[str]]]:
-    """Texts by (lang, domain, source) and split. Held out: 1% of the bytes of each group, at least 4 kB, by hash.
-
-    Some groups are six novels, others thousands of one-line entries, so what is drawn is a passage: up to eight
-    consecutive rows of one document. Groups of less than 16 kB are trained on whole.
-    """
-    passages = defaultdict(list)
-    with lzma.open(path, "rt", encoding="utf-8") as lines:
-        rows = map(json.loads, lines)
-        for (*group, name), members in groupby(rows, key=lambda r: (r["lang"], r["domain"], r["source"], document(r))):
-            members = list(members)
-            for i in range(0, len(members), 8):
-                passages[tuple(group)].append(
-                    (hashlib.sha256(f"{name}:{i}".encode()).digest(), render(members[i : i + 8]))
-                )
-    groups = {}
-    for group, members in passages.items():
-        total = sum(len(text.encode()) for _, text in members)
-        wanted, reserved, chosen = max(0.01 * total, 4096) if total >= 16384 else 0, 0, set()
-        for key, text in sorted(members, key=lambda member: (member[0], len(member[1].encode()))):
-            if reserved >= wanted:
-                break
-            chosen.add(key)
-            reserved += len(text.encode())
-        groups[group] = {
-            split: [text for key, text in members if (key in chosen) == (split == "heldout")]
-            for split in ("train", "heldout")
-        }
-    return groups
-
-
-def train_tokenizer(groups: dict, vocabulary: int, sample_bytes: int = 24_000_000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE. Languages share the sample by size**0.4, and groups within a language by size**0.5."""
-    size = {group: sum(len(text) for text in split["train"]) for group, split in groups.items()}
-    languages, roots = defaultdict(int), defaultdict(float)
-    for (lang, *_), n in size.items():
-        languages[lang] += n
-        roots[lang] += n**0.5
-    unit = sample_bytes / sum(n**0.4 for n in languages.values())
-    sample = []
-    for group, split in groups.items():
-        budget = unit * languages[group[0]] ** 0.4 * size[group] ** 0.5 / roots[group[0]]
-        keep = min(1.0, budget / size[group])
-        sample += [t for i, t in enumerate(split["train"]) if math.floor((i + 1) * keep) > math.floor(i * keep)]
-    for special in [EOS, *ROLES]:
-        sample = [text.replace(special, "") for text in sample]
-    bpe = Tokenizer(models.BPE())
-    split_digits = pre_tokenizers.Digits(individual_digits=True)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split_digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        sample,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=[EOS, PAD, *ROLES], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    names = {"bos_token": EOS, "eos_token": EOS, "unk_token": EOS, "pad_token": PAD, "extra_special_tokens": ROLES}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=1024, **names)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast, context: int) -> np.ndarray:
-    """(n, context + 1) uint16: the texts of one group end to end, cut into contexts; only the last one is padded.
-
-    No context mixes languages, domains or sources. Neighbours share one token, a target and then an input.
-    """
-    if not texts:
-        return np.empty((0, context + 1), dtype=np.uint16)
-    ids = [i for encoded in tokenizer(texts, verbose=False)["input_ids"] for i in encoded]
-    flat = np.full(math.ceil((len(ids) - 1) / context) * context + 1, tokenizer.pad_token_id, dtype=np.uint16)
-    flat[: len(ids)] = ids
-    return np.lib.stride_tricks.sliding_window_view(flat, context + 1)[::context].copy()
-
-
-def prepare(data: Path, work: Path, vocabulary: int, context: int) -> tuple[PreTrainedTokenizerFast, list[dict]]:
-    """The tokenizer and the packed groups, made once and kept in `work`."""
-    if not (work / "tokenizer").exists():
-        train_tokenizer(read_groups(data), vocabulary).save_pretrained(work / "tokenizer")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
-    cache, part, rng = work / f"packed-{context}.npz", work / "packed.part.npz", np.random.default_rng(0)
-    if not cache.exists():
-        arrays = {}
-        for group, split in read_groups(data).items():
-            train = pack(split["train"], tokenizer, context)
-            arrays["|".join([*group, "train"])] = train[rng.permutation(len(train))]
-            arrays["|".join([*group, "heldout"])] = pack(split["heldout"], tokenizer, context)
-            heldout_bytes = sum(len(text.replace(EOS, "").encode()) for text in split["heldout"])
-            arrays["|".join([*group, "bytes"])] = np.array(heldout_bytes)
-        np.savez(part, **arrays)
-        os.replace(part, cache)
-    with np.load(cache, allow_pickle=False) as arrays:
-        groups = []
-        for name in sorted({name.rsplit("|", 1)[0] for name in arrays.files}):
-            labels = dict(zip(("lang", "domain", "source"), name.split("|"), strict=True))
-            groups.append(labels | {key: arrays[f"{name}|{key}"] for key in ("train", "heldout", "bytes")})
-    return tokenizer, groups
-
-
-def draw(groups: list[dict], split: str, cursors: torch.Tensor, batch: int, generator: torch.Generator) -> torch.Tensor:
-    """(batch, context + 1): (lang, domain) pairs drawn by size**0.5, each group read in order, again when exhausted."""
-    pair_sizes: dict[tuple, int] = defaultdict(int)
-    for group in groups:
-        pair_sizes[group["lang"], group["domain"]] += len(group[split])
-    roots = [max(1, pair_sizes[group["lang"], group["domain"]]) ** 0.5 for group in groups]
-    weights = torch.tensor([len(group[split]) / root for group, root in zip(groups, roots, strict=True)])
-    rows = []
-    for g in torch.multinomial(weights, batch, replacement=True, generator=generator).tolist():
-        rows.append(groups[g][split][int(cursors[g]) % len(groups[g][split])])
-        cursors[g] += 1
-    return torch.from_numpy(np.stack(rows).astype(np.int64))
-
-
-# Model: the parameters are those of OlmoeForCausalLM; the forward pass is written out because the stock one spends most
-# of its time, on a CPU, outside large products. Products are bfloat16; weights, router, norms and residual float32.
-
-
-class GroupedLinear(torch.autograd.Function):
-    """x (slots, in) sorted by expert, weight (E, out, in) -> (slots, out); `sizes` are the slots of each expert."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.sizes = sizes
-        out = x.new_empty(len(x), weight.shape[1])
-        for w, xs, outs in zip(weight, x.split(sizes), out.split(sizes), strict=True):
-            torch.mm(xs, w.T, out=outs)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        x, weight = ctx.saved_tensors
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        slices = [t.split(ctx.sizes) for t in (x, grad, grad_x)]
-        for w, grad_w, xs, grads, grad_xs in zip(weight, grad_weight, *slices, strict=True):
-            torch.mm(grads, w, out=grad_xs)
-            torch.mm(grads.T, xs, out=grad_w)
-        return grad_x, grad_weight, None
-
-
-class Dispatch(torch.autograd.Function):
-    """Copy tokens (T, H) to expert slots (slots, H). `token` (slots,) is T for an empty slot; `slot` is (T, k)."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, token: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        ctx.slot = slot
-        return F.pad(x, (0, 0, 0, 1))[token]
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        return grad[ctx.slot].sum(1), None, None
-
-
-class Combine(torch.autograd.Function):
-    """The transpose of `Dispatch`: sum over each token's k slots."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, token: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        ctx.token = token
-        return x[slot].sum(1)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        return F.pad(grad, (0, 0, 0, 1))[ctx.token], None, None
-
-
-@torch.compile(dynamic=True)
-def gated(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    gate, up = h.float().chunk(2, dim=-1)
-    return (F.silu(gate) * up * weight[:, None]).bfloat16()
-
-
-def run_experts(experts: OlmoeExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """x (T, H), ids (T, k), weights (T, k) -> (T, H)."""
-    k, flat = ids.shape[1], ids.flatten()
-    counts = flat.bincount(minlength=experts.num_experts)
-    # Slots in multiples of 64: oneDNN compiles a kernel a shape, so free sizes would recompile forever.
-    sizes = (counts + 63) // 64 * 64
-    order = flat.argsort(stable=True)
-    gaps = (sizes.cumsum(0) - sizes) - (counts.cumsum(0) - counts)
-    destination = torch.arange(len(flat)) + gaps.repeat_interleave(counts)
-    slot = torch.empty_like(flat).scatter_(0, order, destination)
-    token = torch.full((int(sizes.sum()),), len(x)).scatter_(0, destination, order // k)
-    slot_weights = torch.zeros(len(token)).scatter(0, slot, weights.flatten())
-    xs = Dispatch.apply(x.bfloat16(), token, slot.view(-1, k))
-    h = GroupedLinear.apply(xs, experts.gate_up_proj.bfloat16(), sizes.tolist())
-    y = GroupedLinear.apply(gated(h, slot_weights), experts.down_proj.bfloat16(), sizes.tolist())
-    return Combine.apply(y, token, slot.view(-1, k)).float()
-
-
-@torch.compile
-def attend(layer: OlmoeDecoderLayer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor):
-    """x (B, L, H) -> x after attention, the experts' input (B*L, H), and router probabilities (B*L, E)."""
-    attention, (batch, length, _) = layer.self_attn, x.shape
-    h = layer.input_layernorm(x).bfloat16()
-    q = attention.q_norm(F.linear(h, attention.q_proj.weight.bfloat16()).float())
-    k = attention.k_norm(F.linear(h, attention.k_proj.weight.bfloat16()).float())
-    v = F.linear(h, attention.v_proj.weight.bfloat16())
-    q, k, v = (t.view(batch, length, -1, attention.head_dim).transpose(1, 2) for t in (q, k, v))
-    q, k = apply_rotary_pos_emb(q, k, cos, sin)
-    # Written out: at these sizes it beats the fused CPU kernel. No padding mask: only tails are padded.
-    scores = (q.bfloat16() @ k.bfloat16().transpose(2, 3)).float() * attention.scaling + mask
-    out = (scores.softmax(-1).bfloat16() @ v).transpose(1, 2).reshape(batch, length, -1)
-    x = x + F.linear(out, attention.o_proj.weight.bfloat16()).float()
-    h = layer.post_attention_layernorm(x).flatten(0, 1)
-    return x, h, F.linear(h, layer.mlp.gate.weight).softmax(-1)
-
-
-def forward(model: OlmoeForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """ids (B, L) -> hidden states (B*L, H), and a layer: router probabilities (B*L, E), chosen experts (B*L, k)."""
-    x = model.model.embed_tokens(ids)
-    cos, sin = model.model.rotary_emb(x, torch.arange(ids.shape[1])[None])
-    mask = torch.full((ids.shape[1], ids.shape[1]), -torch.inf).triu(1)
-    probabilities, chosen = [], []
-    for layer in model.model.layers:
-        x, h, p = attend(layer, x, cos, sin, mask)
-        weights, experts = p.topk(model.config.num_experts_per_tok, dim=-1)
-        x = x + run_experts(layer.mlp.experts, h, experts, weights).view_as(x)
-        probabilities.append(p)
-        chosen.append(experts)
-    return model.model.norm(x).flatten(0, 1), probabilities, chosen
-
-
-@torch.compile
-def softmax_loss(logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy a token (unscaled), and the gradient of the scaled sum in the logits."""
-    shifted = logits.float() - logits.float().amax(-1, keepdim=True)
-    total = shifted.exp().sum(-1, keepdim=True)
-    loss = total.log().squeeze(1) - shifted.gather(1, targets[:, None]).squeeze(1)
-    hit = torch.arange(logits.shape[1]) == targets[:, None]
-    return loss, ((shifted.exp() / total - hit.float()) * scale[:, None]).bfloat16()
-
-
-class HeadLoss(torch.autograd.Function):
-    """Mean loss over tokens with `keep` 1, and losses a token, in chunks: the logits of a batch never exist at once."""
-
-    @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, keep: torch.Tensor):
-        head, scale, losses = weight.bfloat16(), keep / keep.sum(), []
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for h, t, s, grad_h in zip(*(x.split(512) for x in (hidden, targets, scale, grad_hidden)), strict=True):
-            h = h.bfloat16()
-            loss, grad = softmax_loss(h @ head.T, t, s)
-            losses.append(loss)
-            if ctx.needs_input_grad[0]:
-                grad_h.copy_(grad @ head)
-                grad_weight += grad.T @ h
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        losses = torch.cat(losses)
-        ctx.mark_non_differentiable(losses)
-        return (losses * scale).sum(), losses
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor, _):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None
-
 
 # Training
 
@@ -453,7 +163,7 @@ def export(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     part = folder.with_name(folder.name + ".part")
     copy = OlmoeForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(part)
+    copy.bfloat16().save_pretrained(part)
     tokenizer.save_pretrained(part)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     GenerationConfig(**special).save_pretrained(part)
@@ -534,13 +244,14 @@ def main(
         rows = draw(groups, "train", cursors, batch, sampler)
         results = list(pool.map(lambda part: gradients(model, part, load, balance), rows.chunk(threads)))
         for p, *grads in zip(params, *[grads for grads, *_ in results], strict=True):
-            p.grad = sum(grads) / len(grads)
-        loss, aux, now = (sum(values) / len(results) for values in list(zip(*results, strict=True))[1:])
-        load.lerp_(now, 0.05)
+            p.grad = torch.stack(grads).mean(0)
+        _, losses, auxes, loads = zip(*results, strict=True)
+        loss, aux = sum(losses) / len(results), sum(auxes) / len(results)
+        load.lerp_(torch.stack(loads).mean(0), 0.05)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         list(pool.map(lambda opt: opt.step(), opts))
         state["step"] += 1
-        state["tokens"] += int((rows[:, 1:] != tokenizer.pad_token_id).sum())
+        state["tokens"] += int(rows[:, 1:].ne(tokenizer.pad_token_id).sum())
         state["seconds"] = time.monotonic() - started
         if state["step"] % 25 == 0:
             entropy = torch.special.entr(load).sum(1) / math.log(experts)

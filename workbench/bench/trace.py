@@ -48,7 +48,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     """Measure the demonstration model and a mid-size one; prints a table, returns every figure."""
     demo = load("demo", dtype="float32")
     mid = load(_mid_size(quick), tokenizer=demo.tokenizer)
-    rounds = 1 if quick else 5
+    rounds = 1 if quick else 3
     result = {
         "bench": "trace",
         "date": datetime.now(UTC).date().isoformat(),
