@@ -251,7 +251,7 @@ def main(
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         list(pool.map(lambda opt: opt.step(), opts))
         state["step"] += 1
-        state["tokens"] += int(rows[:, 1:].ne(tokenizer.pad_token_id).sum())
+        state["tokens"] += int((rows[:, 1:] != model.config.pad_token_id).sum())
         state["seconds"] = time.monotonic() - started
         if state["step"] % 25 == 0:
             entropy = torch.special.entr(load).sum(1) / math.log(experts)

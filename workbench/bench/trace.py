@@ -8,10 +8,10 @@ Every way runs the forward pass and the loss of each token; what differs is only
     nnsight       an nnsight trace that saves every router's output, in memory
     json lines    ids of every token as JSON lines
 
-The ways take turns within a round, and no figure is printed unless all of them saw the same ids. Opening, committing
-and closing the file count. Beside the clock stands the processor time of all threads, which says more on a machine
-that is busy with something else. Peak memory is that of processes of their own, which trace 100 thousand and 1 million
-tokens.
+The ways take turns batch by batch, each on a copy of the model, so that what else the machine does falls on all of
+them alike; no figure is printed unless all of them saw the same ids. `run` is the ratio of whole runs, opening,
+committing and closing the file included; `batch` the median over batches, without these. Peak memory is that of
+processes of their own, which trace 100 thousand and 1 million tokens.
 """
 
 import copy
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -39,9 +39,10 @@ from workbench.store import Writer
 from workbench.tokenization import Sequence
 from workbench.tracefile import Trace
 
-Way = Callable[[list[torch.Tensor], Path], Callable[[], np.ndarray]]
-"""Runs the batches, keeping what it keeps in a folder; the result gives the ids of the last batch, sorted, as integers
-(layers, tokens, k). Reading them back is not timed."""
+Ids = Callable[[], np.ndarray]
+"""The ids of the last batch, sorted, as integers (layers, tokens, k). Reading them back is not timed."""
+Way = Callable[[list[torch.Tensor], Path], Generator[None, None, Ids]]
+"""Runs one batch a turn, keeping what it keeps in a folder; its last turn closes what it has open."""
 
 
 def run(quick: bool = False) -> dict[str, Any]:
@@ -67,14 +68,11 @@ def run(quick: bool = False) -> dict[str, Any]:
 
 
 def _print(name: str, measured: dict[str, Any]) -> None:
-    print(f"{name}: {measured['tokens']:,} tokens a round, over the forward pass alone: median (lowest to highest)")
-    print(f"  {'':<12} {'time':<24} processor time")
-    for way in measured["time"]:
-        cells = []
-        for kind in ("time", "processor_time"):
-            ratio = measured[kind][way]
-            cells.append(f"{ratio['median']:.3f} ({ratio['lowest']:.3f} to {ratio['highest']:.3f})")
-        print(f"  {way:<12} {cells[0]:<24} {cells[1]}")
+    print(f"{name}: {measured['rounds']} rounds of {measured['tokens']:,} tokens, time over the forward pass alone")
+    print(f"  {'':<12} {'run (lowest to highest)':<26} batch")
+    for way, ratio in measured["ratio"].items():
+        run = f"{ratio['run']:.3f} ({ratio['lowest']:.3f} to {ratio['highest']:.3f})"
+        print(f"  {way:<12} {run:<26} {ratio['batch']:.3f}")
 
 
 def _mid_size(quick: bool) -> OlmoeForCausalLM:
@@ -99,54 +97,65 @@ def _compare(model: Model, rounds: int, n_batches: int, batch: int, length: int)
     """Time each way over the same `batch` × `length` random tokens, after checking that they see the same ids."""
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(4, 8000, (batch, length), generator=generator) for _ in range(n_batches)]
+
+    def own() -> Model:
+        return load(copy.deepcopy(model.module), tokenizer=model.tokenizer)
+
     ways: dict[str, Way] = {
-        "forward": _forward(model),
-        "workbench": _workbench(model),
-        "torch.save": _torch_save(model),
-        "json lines": _json_lines(model),
+        "forward": _forward(own()),
+        "workbench": _workbench(own()),
+        "torch.save": _torch_save(own()),
+        "json lines": _json_lines(own()),
     }
     try:
-        ways["nnsight"] = _nnsight(model)
+        ways["nnsight"] = _nnsight(own())
     except ImportError:
         print("nnsight is not installed: measured without it", file=sys.stderr)
-    seen = {}
-    for name, way in ways.items():  # warms up, too
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            seen[name] = way(batches[:1], Path(folder))()
+    _, seen = _take_turns(ways, batches[:1])  # warms up, too
     for name, ids in seen.items():
         if name != "forward" and not np.array_equal(seen["workbench"], ids):
             raise AssertionError(f"{name} saw other ids than the workbench on {model.name}: nothing was measured")
-    clock: dict[str, list[float]] = {name: [] for name in ways}
-    processor: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds):
-        order = list(ways)
-        for name in order[turn % len(order) :] + order[: turn % len(order)]:
-            with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-                started = time.perf_counter(), time.process_time()
-                ways[name](batches, Path(folder))
-                clock[name].append(time.perf_counter() - started[0])
-                processor[name].append(time.process_time() - started[1])
+    seconds = [_take_turns(ways, batches)[0] for _ in range(rounds)]
     tokens = n_batches * batch * length
     return {
         "tokens": tokens,
         "rounds": rounds,
-        "tokens_per_second": round(tokens / median(clock["forward"])),
-        "time": _ratios(clock),
-        "processor_time": _ratios(processor),
+        "tokens_per_second": round(tokens * rounds / sum(sum(one["forward"]) for one in seconds)),
+        "ratio": {name: _ratio(seconds, name) for name in ways},
     }
 
 
-def _ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Each way over the forward pass of the same round."""
-    result = {}
-    for name, times in seconds.items():
-        ratios = [one / base for one, base in zip(times, seconds["forward"], strict=True)]
-        result[name] = {
-            "median": round(median(ratios), 4),
-            "lowest": round(min(ratios), 4),
-            "highest": round(max(ratios), 4),
-        }
-    return result
+def _take_turns(
+    ways: dict[str, Way], batches: list[torch.Tensor]
+) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+    """Seconds of each way's turns, one a batch and one to close; the ids that each saw in the last batch."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    ids = {}
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        running = {}
+        for name, way in ways.items():
+            own = Path(folder) / name
+            own.mkdir()
+            running[name] = way(batches, own)
+        for turn in range(len(batches) + 1):
+            order = list(ways)
+            for name in order[turn % len(order) :] + order[: turn % len(order)]:
+                started = time.perf_counter()
+                try:
+                    next(running[name])
+                except StopIteration as end:
+                    ids[name] = end.value
+                seconds[name].append(time.perf_counter() - started)
+        return seconds, {name: read() for name, read in ids.items()}
+
+
+def _ratio(seconds: list[dict[str, list[float]]], name: str) -> dict[str, float]:
+    """A way over the forward pass: of whole runs (median, lowest and highest round), and the median over batches."""
+    runs = [sum(one[name]) / sum(one["forward"]) for one in seconds]
+    pairs = [pair for one in seconds for pair in zip(one[name][1:-1], one["forward"][1:-1], strict=True)]
+    result = {"run": median(runs), "lowest": min(runs), "highest": max(runs)}
+    result["batch"] = median(mine / base for mine, base in pairs) if pairs else result["run"]
+    return {key: round(value, 4) for key, value in result.items()}
 
 
 def _step(model: Model, ids: torch.Tensor) -> torch.Tensor:
@@ -156,21 +165,23 @@ def _step(model: Model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(model: Model) -> Way:
-    def way(batches: list[torch.Tensor], folder: Path) -> Callable[[], np.ndarray]:
+    def way(batches: list[torch.Tensor], folder: Path) -> Generator[None, None, Ids]:
         for ids in batches:
             _step(model, ids)
+            yield
         return lambda: np.empty(0)
 
     return way
 
 
 def _workbench(model: Model) -> Way:
-    def way(batches: list[torch.Tensor], folder: Path) -> Callable[[], np.ndarray]:
+    def way(batches: list[torch.Tensor], folder: Path) -> Generator[None, None, Ids]:
         out = folder / "bench.duckdb"
         run = header(model, "bench", ["ids", "weights"], {})
         with Writer(out, run, layer_rows(model)) as writer, Recorder(model, {"weights"}) as recorder:
             for number, ids in enumerate(batches):
                 writer.append(run_batch(model, recorder, _sequences(number, ids)))
+                yield
 
         def last() -> np.ndarray:
             trace = Trace(out)
@@ -201,7 +212,7 @@ def _sequences(number: int, ids: torch.Tensor) -> list[Sequence]:
 
 
 def _torch_save(model: Model) -> Way:
-    def way(batches: list[torch.Tensor], folder: Path) -> Callable[[], np.ndarray]:
+    def way(batches: list[torch.Tensor], folder: Path) -> Generator[None, None, Ids]:
         kept: dict[int, torch.Tensor] = {}
 
         def keep(layer: int) -> Callable[..., None]:
@@ -213,6 +224,7 @@ def _torch_save(model: Model) -> Way:
                 _step(model, ids)
                 for layer, logits in kept.items():
                     torch.save(logits, folder / f"{number}.{layer}.pt")
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -223,7 +235,7 @@ def _torch_save(model: Model) -> Way:
 
 
 def _json_lines(model: Model) -> Way:
-    def way(batches: list[torch.Tensor], folder: Path) -> Callable[[], np.ndarray]:
+    def way(batches: list[torch.Tensor], folder: Path) -> Generator[None, None, Ids]:
         last: list[torch.Tensor] = []
         with Recorder(model, set()) as recorder, (folder / "ids.jsonl").open("w") as file:
             for ids in batches:
@@ -232,6 +244,7 @@ def _json_lines(model: Model) -> Way:
                 last = [layer.experts.flatten(0, 1) for layer in observed]
                 for token in torch.stack(last, dim=1).tolist():
                     file.write(json.dumps(token) + "\n")
+                yield
         return lambda: _sorted(last)
 
     return way
@@ -240,18 +253,18 @@ def _json_lines(model: Model) -> Way:
 def _nnsight(model: Model) -> Way:
     import nnsight
 
-    # A copy: nnsight leaves hooks in the module that it wraps.
     wrapped = nnsight.TransformersModel(  # type: ignore[attr-defined]
-        copy.deepcopy(model.module), tokenizer=model.tokenizer, task="text-generation"
+        model.module, tokenizer=model.tokenizer, task="text-generation"
     )
 
-    def way(batches: list[torch.Tensor], folder: Path) -> Callable[[], np.ndarray]:
+    def way(batches: list[torch.Tensor], folder: Path) -> Generator[None, None, Ids]:
         saved: Any = []
         for ids in batches:
             with wrapped.trace(ids):
                 saved = nnsight.save([block.mlp.gate.output for block in wrapped.model.layers])
                 logits = wrapped.lm_head.output.save()
             next_token_nll(logits, ids)
+            yield
         return lambda: _sorted([output[2] for output in saved])
 
     return way
