@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -491,7 +490,6 @@ def test_full_disk(tmp_path):
     assert trace.n_sequences == kept + 1 and problems(path) == []
 
 
-@pytest.mark.skipif(not hasattr(resource, "RUSAGE_SELF"), reason="needs getrusage")
 def test_many_commits_do_not_bloat(tmp_path, monkeypatch):
     """One commit or many: about the same size, and nothing left over in the folder."""
     blocks = [make_block([seq], [20_000]) for seq in range(12)]
