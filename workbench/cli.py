@@ -188,7 +188,9 @@ def models(
 @app.command()
 def analyze(
     metric: Annotated[str, typer.Argument(help="load, mutual_information, specialization, alignment, …")],
-    file: File,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A trace; a model's name for analyses of the model itself.")
+    ],
     by: Annotated[
         str | None, typer.Option(help="Group by this column: lang, domain, source, … or any metadata.")
     ] = None,
@@ -213,7 +215,13 @@ def analyze(
     arguments = dict(_pair(pair, "--set", "reference=de") for pair in option or [])
     if by is not None:
         arguments["by"] = by
-    table = ask(Trace(file, run), **analysis.arguments(ask, arguments))
+    options = analysis.arguments(ask, arguments)
+    if analysis.subject(ask) == "model":
+        from workbench.models import load
+
+        table = ask(load(file), **options)
+    else:
+        table = ask(Trace(file, run), **options)
     if out is not None:
         save_table(table, out, overwrite=overwrite)
     if figure is not None:

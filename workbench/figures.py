@@ -39,6 +39,8 @@ DOMAINS = (
 
 DIVERGING = ["#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#b2182b"]
 """Less to more, around "as expected": ColorBrewer's RdBu, safe for colour-blind readers."""
+SEQUENTIAL = ["#f7fbff", "#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b"]
+"""Nothing to much: ColorBrewer's Blues."""
 REACH = 3
 """The colour scale of ratios ends at 2 to this power."""
 
@@ -187,6 +189,7 @@ def line(
     band: bool = True,
     legend: bool = True,
     fill: bool = False,
+    x_name: str = "layer",
 ) -> None:
     """Add a line with its interval as a band (and in the hover text); `fill` shades down to 0 instead."""
     options: dict[str, Any] = {**axes(panel), "legendgroup": plain(name)}
@@ -207,7 +210,7 @@ def line(
     result.add_scatter(
         x=x, y=y, name=plain(name), showlegend=legend, mode="lines+markers" if len(x) <= 48 else "lines",
         line={"color": style.colour, "dash": style.dash, "width": style.width}, marker={"size": 5},
-        customdata=details, hovertemplate=f"%{{fullData.name}}<br>layer %{{x}}: %{{y:.3f}}{ends}<extra></extra>",
+        customdata=details, hovertemplate=f"%{{fullData.name}}<br>{x_name} %{{x}}: %{{y:.3f}}{ends}<extra></extra>",
         **options,
     )  # fmt: skip
 
@@ -252,6 +255,33 @@ def ratio_scale(result: go.Figure, title: str) -> None:
         "outlinewidth": 0, "tickfont": {"size": 11},
     }  # fmt: skip
     result.update_layout(coloraxis={"colorscale": DIVERGING, "cmin": -REACH, "cmax": REACH, "colorbar": bar})
+
+
+def amounts(
+    amount: np.ndarray, x: Sequence, y: Sequence[str], *, hover: str, details: np.ndarray | None = None, panel: int = 0
+) -> go.Heatmap:
+    """A heatmap of amounts from white (least) to dark blue, on the scale of `amount_scale`; NaN stays empty."""
+    places: dict[str, Any] = {"x": list(x), "y": list(y), **axes(panel)}
+    return go.Heatmap(
+        z=amount, customdata=details, hovertemplate=hover, coloraxis="coloraxis", xgap=0.5, ygap=0.5,
+        hoverongaps=False, **places,
+    )  # fmt: skip
+
+
+def amount_scale(result: go.Figure, title: str, low: float | None = None, high: float | None = None) -> None:
+    """Add the colour scale of `amounts`; its ends are those of the data unless given."""
+    height = float(str(result.layout["height"] or HEIGHT))
+    bar = {
+        "title": {"text": title, "font": {"size": 11, "color": MUTED}}, "thickness": 12, "lenmode": "pixels",
+        "len": min(240, height - 60), "y": 1, "yanchor": "top", "outlinewidth": 0, "tickfont": {"size": 11},
+    }  # fmt: skip
+    result.update_layout(coloraxis={"colorscale": SEQUENTIAL, "cmin": low, "cmax": high, "colorbar": bar})
+
+
+def spread(layers: Iterable[int], most: int) -> list[int]:
+    """At most so many of the layers, evenly spread, first and last among them: those that a figure has room for."""
+    known = sorted(set(layers))
+    return [known[at] for at in np.linspace(0, len(known) - 1, min(len(known), most)).round().astype(int)]
 
 
 def layer_axes(result: go.Figure, layers: Iterable[int], *, sparse: bool = False) -> None:

@@ -10,8 +10,8 @@ Every table carries sample sizes and an uncertainty from resampling texts, never
 import inspect
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from types import ModuleType
-from typing import Any
+from types import ModuleType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pandas as pd
 from plotly.graph_objects import Figure
@@ -46,17 +46,44 @@ def file(name: str) -> ModuleType:
     return import_module(f"workbench.analysis.{name}")
 
 
+def subject(ask: Callable[..., pd.DataFrame]) -> str:
+    """What an analysis looks at: "trace", or "model" where it takes the weights or runs the model itself."""
+    return next(iter(inspect.signature(ask).parameters))
+
+
 def arguments(ask: Callable[..., pd.DataFrame], options: Mapping[str, str]) -> dict[str, Any]:
-    """Options as text, from a command line, as arguments of an analysis; the type of each default decides."""
-    known = {name: one.default for name, one in inspect.signature(ask).parameters.items() if name != "trace"}
+    """Options as text, from a command line, as arguments of an analysis; its type hints decide.
+
+    A tuple is written with commas, as in `windows=4,16`; a flag as true or false.
+    """
+    hints = get_type_hints(ask)
+    known = list(inspect.signature(ask).parameters)[1:]
     result: dict[str, Any] = {}
     for option, text in options.items():
         if option not in known:
             raise InputError(f"{ask.__name__} has no option {option!r}; it has {', '.join(known)}.")
-        kind = str if known[option] is None else type(known[option])
-        try:
-            result[option] = kind(text)
-        except ValueError:
-            expected = "a whole number" if kind is int else "a number"
-            raise InputError(f"{option} is {text!r}; expected {expected}, as in {option}={known[option]}.") from None
+        result[option] = value(option, text, hints[option])
     return result
+
+
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def value(option: str, text: str, hint: Any) -> Any:
+    """An option's text as what its type hint says; a union takes the first member that can be made of text."""
+    if get_origin(hint) in (Union, UnionType):
+        members = [member for member in get_args(hint) if member is not type(None)]
+        known = [member for member in members if member in EXPECTED or member is str or get_origin(member) is tuple]
+        hint = known[0] if known else str
+    if get_origin(hint) is tuple:
+        return tuple(value(option, part.strip(), get_args(hint)[0]) for part in text.split(",") if part.strip())
+    if hint is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        if hint in (int, float):
+            return hint(text)
+    except ValueError:
+        pass
+    if hint in EXPECTED:
+        raise InputError(f"{option} is {text!r}; expected {EXPECTED[hint]}.")
+    return text

@@ -17,7 +17,7 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from workbench import figures
-from workbench.analysis.counting import count, entropy, shares, sort_into_cells, sum_by
+from workbench.analysis.counting import count, entropy, shares, sizes, sort_into_cells, sum_by
 from workbench.analysis.resampling import bootstrap_sums, interval
 from workbench.tracefile import Trace
 
@@ -62,10 +62,7 @@ def balance(
                         "low": np.maximum(low, 0),
                         "high": np.minimum(high, 1) if name == "normalised_entropy" else high,
                         "n_experts": rows.shape[1],
-                        "n_tokens": cells.n_tokens,
-                        "n_sequences": cells.n_sequences,
-                        "n_texts": cells.n_texts,
-                        "n_unlabelled": cells.n_unlabelled,
+                        **sizes(cells),
                     }
                 )
             )

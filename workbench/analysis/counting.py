@@ -159,6 +159,17 @@ def count(trace: Trace, layer: int, cells: Cells) -> np.ndarray:
     return total.reshape(n_cells, n_experts)
 
 
+def sizes(cells: Cells, repeat: int = 1) -> dict[str, Any]:
+    """Columns of a result that say how much each group rests on, each group `repeat` times: n_tokens, n_sequences,
+    n_texts, and the sequences left out for want of a label."""
+    return {
+        "n_tokens": np.repeat(cells.n_tokens, repeat),
+        "n_sequences": np.repeat(cells.n_sequences, repeat),
+        "n_texts": np.repeat(cells.n_texts, repeat),
+        "n_unlabelled": cells.n_unlabelled,
+    }
+
+
 def experts_of(trace: Trace, layer: int) -> int:
     """Number of experts of a layer."""
     return int(trace.layers["n_experts"].iloc[layer])

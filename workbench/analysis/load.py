@@ -11,7 +11,7 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from workbench import figures
-from workbench.analysis.counting import count, shares, sort_into_cells, sum_by
+from workbench.analysis.counting import count, shares, sizes, sort_into_cells, sum_by
 from workbench.analysis.resampling import bootstrap_sums, interval
 from workbench.tracefile import Trace
 
@@ -51,10 +51,7 @@ def load(trace: Trace, by: str | None = None, *, n_resamples: int = 1000, seed: 
                     "load": share.ravel() * n_experts,
                     "count": counts.ravel().astype(np.int64),
                     "n_experts": n_experts,
-                    "n_tokens": np.repeat(cells.n_tokens, n_experts),
-                    "n_sequences": np.repeat(cells.n_sequences, n_experts),
-                    "n_texts": np.repeat(cells.n_texts, n_experts),
-                    "n_unlabelled": cells.n_unlabelled,
+                    **sizes(cells, n_experts),
                 }
             )
         )

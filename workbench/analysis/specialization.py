@@ -20,7 +20,7 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from workbench import figures
-from workbench.analysis.counting import count, need_two_groups, shares, sort_into_cells, sum_by
+from workbench.analysis.counting import count, need_two_groups, shares, sizes, sort_into_cells, sum_by
 from workbench.analysis.resampling import bootstrap_sums, interval, permuted_sums, q_values
 from workbench.tracefile import Trace
 
@@ -89,10 +89,7 @@ def specialization(
                     "count": counts.ravel().astype(np.int64),
                     "p": p.ravel(),
                     "n_experts": n_experts,
-                    "n_tokens": np.repeat(cells.n_tokens, n_experts),
-                    "n_sequences": np.repeat(cells.n_sequences, n_experts),
-                    "n_texts": np.repeat(cells.n_texts, n_experts),
-                    "n_unlabelled": cells.n_unlabelled,
+                    **sizes(cells, n_experts),
                 }
             )
         )
@@ -106,8 +103,7 @@ def figure(frame: pd.DataFrame) -> Figure:
 
     The experts of a layer are ordered by the group that uses them most, so that specialists line up as blocks.
     """
-    layers = sorted(frame["layer"].unique())
-    shown = [layers[at] for at in np.linspace(0, len(layers) - 1, min(len(layers), MOST_PANELS)).round().astype(int)]
+    shown = figures.spread(frame["layer"], MOST_PANELS)
     groups = figures.ordered(frame["group"].unique())
     titles = [f"layer {layer}" for layer in shown]
     result = figures.panels(titles, columns=3, height=14 * max(len(groups), 6), tight=True)
