@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numba import njit
 from scipy import sparse
 from scipy.special import xlogy
 
 from workbench.errors import InputError
-from workbench.routing import NO_EXPERT
 from workbench.schema import PHASES
 from workbench.tracefile import Trace
 
@@ -58,8 +58,16 @@ def sort_into_cells(trace: Trace, by: str | None, within: str | None = None) -> 
     """
     sequences = trace.sequences()
     of_sequence = trace.sequence_index()
-    text = text_codes(sequences)[of_sequence]
     label, labels = token_labels(trace, sequences, of_sequence, by)
+    return cells_of_labels(sequences, of_sequence, label, labels, within)
+
+
+def cells_of_labels(
+    sequences: pd.DataFrame, of_sequence: np.ndarray, label: np.ndarray, labels: list[str], within: str | None = None
+) -> Cells:
+    """Cells of tokens whose labels are known: `label` int (n_tokens,), a place in `labels`, -1 for none."""
+    label = label.astype(np.int64, copy=False)
+    text = text_codes(sequences)[of_sequence]
     stratum = np.zeros(len(label), np.int64)
     if within is not None:
         stratum = pd.factorize(column(sequences, within), use_na_sentinel=False)[0][of_sequence]
@@ -146,17 +154,22 @@ def no_column(sequences: pd.DataFrame, name: str) -> str:
 
 def count(trace: Trace, layer: int, cells: Cells) -> np.ndarray:
     """How often the tokens of each cell chose each expert: float64 (n_cells, n_experts)."""
-    n_experts = experts_of(trace, layer)
-    experts = trace.experts(layer)
-    n_cells = len(cells.group)
-    total = np.zeros(n_cells * n_experts)
-    kept = cells.of_token >= 0
-    base = cells.of_token.astype(np.int64) * n_experts
-    for rank in range(experts.shape[1]):
-        chosen = experts[:, rank]
-        used = kept & (chosen != NO_EXPERT)
-        total += np.bincount(base[used] + chosen[used], minlength=len(total))
-    return total.reshape(n_cells, n_experts)
+    total = np.zeros((len(cells.group), experts_of(trace, layer)))
+    add_choices(trace.experts(layer), cells.of_token, total)
+    return total
+
+
+@njit(cache=True, nogil=True)
+def add_choices(experts: np.ndarray, row: np.ndarray, total: np.ndarray) -> None:
+    """Count the experts of each token into its row of total (n_rows, n_experts); row -1: the token doesn't count."""
+    n_experts = total.shape[1]
+    for token in range(len(experts)):
+        if row[token] >= 0:
+            counted = total[row[token]]
+            for rank in range(experts.shape[1]):
+                expert = experts[token, rank]
+                if expert < n_experts:  # NO_EXPERT is larger
+                    counted[expert] += 1
 
 
 def sizes(cells: Cells, repeat: int = 1) -> dict[str, Any]:
@@ -194,6 +207,13 @@ def entropy(counts: np.ndarray) -> np.ndarray:
     # H = log N - sum(c log c)/N: one pass, and xlogy makes 0 log 0 = 0.
     result = np.log(safe) - xlogy(counts, counts).sum(axis=-1) / safe
     return np.where(total > 0, np.maximum(result, 0), np.nan)
+
+
+def cells_to_compare(trace: Trace, by: str, within: str | None = None) -> Cells:
+    """`sort_into_cells` for a comparison of the groups; InputError where there is nothing to compare."""
+    cells = sort_into_cells(trace, by, within)
+    need_two_groups(cells, by, within)
+    return cells
 
 
 def need_two_groups(cells: Cells, by: str, within: str | None) -> None:
