@@ -1,6 +1,7 @@
-"""Output files appear whole or not at all."""
+"""Output files and folders appear whole or not at all."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,3 +31,36 @@ def new_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]
         raise RunError(f"{path} could not be written: {error.strerror or error}. Nothing was left behind.") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike, overwrite: bool = False, *, marker: str = "config.json") -> Iterator[Path]:
+    """A folder beside `path` to write into; renamed to `path` when the block ends well, deleted when it doesn't.
+
+    InputError, before the block, if `path` exists and `overwrite` isn't given, or its parent isn't a folder. Only a
+    folder that holds the file `marker`, or nothing, is ever replaced.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise InputError(f"{path} is a file; give the name of a folder that isn't there yet.")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists; choose another name, or replace it with --overwrite.")
+    if path.exists() and any(path.iterdir()) and not (path / marker).is_file():
+        raise InputError(f"{path} has no {marker}, so it isn't what would be replaced; choose another name.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path.parent} is not a folder; create it first.")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    replaced = path.with_name(f"{partial.name}.old")
+    try:
+        partial.mkdir()
+        yield partial
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(partial, path)
+    except OSError as error:
+        if replaced.exists() and not path.exists():
+            os.replace(replaced, path)
+        raise RunError(f"{path} could not be written: {error.strerror or error}. Nothing was left behind.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
