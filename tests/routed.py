@@ -1,4 +1,7 @@
-"""Small random traces for the tests of analyses, figures and report, and the arrays they were made of."""
+"""Small random traces for the tests of analyses, figures and report, and the arrays they were made of.
+
+`full_trace(path, experts, …)` makes a trace that holds any of weights, norms, shift, lookahead, predictions, nll, ….
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,3 +120,120 @@ def with_profiles(
             )
         )
     return Trace(path)
+
+
+def full_trace(
+    path: Path,
+    experts: np.ndarray | Sequence[np.ndarray],
+    *,
+    n_experts: int | Sequence[int],
+    seq: Sequence[int] | np.ndarray,
+    sequences: pd.DataFrame,
+    weights: Sequence[np.ndarray] | np.ndarray | None = None,
+    norms: Sequence[np.ndarray] | np.ndarray | None = None,
+    shift: Sequence[np.ndarray] | np.ndarray | None = None,
+    lookahead: Sequence[np.ndarray] | np.ndarray | None = None,
+    entropy: Sequence[np.ndarray] | np.ndarray | None = None,
+    margin: Sequence[np.ndarray] | np.ndarray | None = None,
+    logits: Sequence[np.ndarray] | np.ndarray | None = None,
+    token_ids: Sequence[int] | np.ndarray | None = None,
+    predictions: Sequence[int] | np.ndarray | None = None,
+    nll: Sequence[float] | np.ndarray | None = None,
+    phase: Sequence[int] | np.ndarray | None = None,
+    vocabulary: dict[int, str] | None = None,
+    model: str = "tiny",
+    run: str = "full",
+    mode: str = "new",
+) -> Trace:
+    """A trace of any arrays, for analyses that need more than ids. What is None is not recorded.
+
+    experts      integers (n_tokens, n_layers, k), or one (n_tokens, k) a layer where k differs; -1 for none
+    n_experts    E, or one a layer
+    seq          (n_tokens,), never decreasing: the row of `sequences` (their columns as in `from_arrays`)
+    weights, norms        as experts, floats; logits (n_tokens, E) a layer
+    shift, entropy, margin  (n_tokens,) a layer
+    lookahead    (n_tokens, k of the next layer) for every layer but the last (n_layers - 1 of them)
+    token_ids, predictions, nll, phase   (n_tokens,); phase: codes into PHASES, default "prompt"
+    An array with one entry a layer may be a list, or have the layers as axis 0; those shaped as a 3-D `experts` may
+    also have them as axis 1, as it has.
+    mode         "append" adds the run to a file there is
+    """
+
+    def by_layer(
+        values: Sequence[np.ndarray] | np.ndarray | None, like_experts: bool = False
+    ) -> list[np.ndarray] | None:
+        if values is None:
+            return None
+        if like_experts and isinstance(values, np.ndarray) and values.ndim == 3:
+            return [values[:, layer] for layer in range(values.shape[1])]
+        return [np.asarray(one) for one in values]
+
+    ids = by_layer(experts, like_experts=True)
+    assert ids is not None
+    n_tokens, n_layers = len(seq), len(ids)
+    sizes = [int(n_experts)] * n_layers if isinstance(n_experts, int) else list(n_experts)
+    given = {
+        "weights": by_layer(weights, like_experts=True),
+        "norms": by_layer(norms, like_experts=True),
+        "shift": by_layer(shift),
+        "lookahead": by_layer(lookahead),
+        "entropy": by_layer(entropy),
+        "margin": by_layer(margin),
+        "logits": by_layer(logits),
+    }
+
+    def routing(layer: int) -> Routing:
+        fields: dict[str, np.ndarray] = {}
+        for name, values in given.items():
+            if values is None or layer >= len(values):  # the last layer has no lookahead
+                continue
+            kind = np.int64 if name == "lookahead" else np.float32
+            fields[name] = values[layer].astype(kind)
+        if "lookahead" in fields:
+            fields["lookahead"] = fields["lookahead"].astype(np.uint16)
+        return Routing(experts=np.asarray(ids[layer], np.int64).astype(np.uint16), **fields)
+
+    owner = np.asarray(seq)
+    lengths = np.bincount(owner, minlength=len(sequences))
+    rows = []
+    for number, (row, length) in enumerate(zip(sequences.to_dict("records"), lengths.tolist(), strict=True)):
+        known = {name: row.get(name) for name in ("lang", "domain", "source", "segment_id")}
+        known = {name: None if pd.isna(value) else value for name, value in known.items()}
+        extra = {name: value for name, value in row.items() if name not in (*known, "n_prompt")}
+        prompt = int(row.get("n_prompt", length))
+        sizes_of = {"seq": number, "sha256": f"{number:064x}", "n_prompt": prompt, "n_tokens": length}
+        rows.append({**sizes_of, **known, "metadata": extra})
+    codes = np.full(n_tokens, PHASES.index("prompt")) if phase is None else np.asarray(phase)
+    texts = np.zeros(n_tokens, np.int32) if token_ids is None else np.asarray(token_ids, np.int32)
+    tokens = {
+        "seq": owner.astype(np.int32),
+        "pos": np.concatenate([np.arange(n) for n in lengths] or [np.empty(0)]).astype(np.int32),
+        "token_id": texts,
+        "phase": codes.astype(np.uint8),
+        "nll": np.full(n_tokens, np.nan, np.float32) if nll is None else np.asarray(nll, np.float32),
+    }
+    if predictions is not None:
+        tokens["predicted"] = np.asarray(predictions, np.int32)
+    if vocabulary is None:
+        occurring = {*texts.tolist(), *tokens.get("predicted", texts).tolist()} - {-1}
+        vocabulary = {token_id: f"t{token_id}" for token_id in occurring}
+    recorded = ["ids", *(name for name, values in given.items() if values is not None)]
+    recorded += [] if predictions is None else ["predictions"]
+    header = {"run": run, "model": model, "family": "test", "recorded": recorded, "corpus": {"names": ["c"]}}
+    layers = [
+        {"name": f"layers.{layer}", "n_experts": sizes[layer], "top_k": ids[layer].shape[1], "n_shared": 0,
+         "gating": "softmax, top-k", "stack": "decoder"}
+        for layer in range(n_layers)
+    ]  # fmt: skip
+    with Writer(path, header, layers, mode=mode) as writer:
+        writer.add_vocabulary(vocabulary)
+        writer.append(Block(sequences=rows, tokens=tokens, routing=[routing(layer) for layer in range(n_layers)]))
+    return Trace(path, run)
+
+
+WHOLE = -1
+
+
+def numbered(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same table with WHOLE where the layer is missing, so that rows about all layers can be looked up."""
+    return frame.assign(layer=frame["layer"].astype("Int64").fillna(WHOLE).astype(int))

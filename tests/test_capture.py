@@ -122,7 +122,7 @@ def test_texts_and_metadata_are_kept(whole: Trace, model: Model):
         assert model.tokenizer.decode(tokens["token_id"].to_numpy()[at]) == row["text"]
     assert set(tokens["phase"]) == {"prompt"}
     vocabulary = dict(whole.vocabulary()[["token_id", "text"]].to_numpy().tolist())
-    assert set(vocabulary) == set(tokens["token_id"])
+    assert set(vocabulary) == set(tokens["token_id"]) | set(whole.predictions())
     assert vocabulary[model.tokenizer.convert_tokens_to_ids("x")] == "x"
     assert "\ufffd" not in "".join(vocabulary.values())  # halves of characters keep the name of their byte
 
@@ -134,7 +134,8 @@ def test_each_thing_can_be_recorded_alone(option: str, model: Model, few, whole:
     n = found.n_tokens
     assert np.array_equal(found.experts(0), whole.experts(0)[:n])
     rows = found.n_sequences if option == "profiles" else n
-    assert np.allclose(getattr(found, option)(1), getattr(whole, option)(1)[:rows], atol=1e-4)
+    layer = () if option == "predictions" else (1,)
+    assert np.allclose(getattr(found, option)(*layer), getattr(whole, option)(*layer)[:rows], atol=1e-4)
     other = "margin" if option != "margin" else "entropy"
     with pytest.raises(InputError, match="not recorded"):
         getattr(found, other)(0)

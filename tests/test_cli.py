@@ -247,7 +247,7 @@ def bad_file(request, file: Path, tmp_path: Path) -> tuple[Path, str]:
             path.write_bytes(file.read_bytes())
             with duckdb.connect(str(path)) as con:
                 con.execute("UPDATE format SET version = 99")
-            return path, "has trace format 99; this workbench reads format 1. Update the workbench"
+            return path, "has trace format 99; this workbench reads format 2. Update the workbench"
         case "cut":
             path.write_bytes(file.read_bytes()[:-300_000])
             return path, "cut short"
@@ -281,7 +281,7 @@ def test_files_that_are_no_traces(bad_file: tuple[Path, str], workbench: Command
 
 def test_info(workbench: Command, file: Path):
     facts = json.loads(workbench("info", file, "--json").out)
-    assert [run["run"] for run in facts["runs"]] == ["one", "two"] and facts["format"] == 1
+    assert [run["run"] for run in facts["runs"]] == ["one", "two"] and facts["format"] == 2
     text = workbench("info", file)
     assert text.code == 0 and "one" in text.out and f"{Trace(file, 'one').n_tokens:,}" in text.out
 
@@ -396,6 +396,13 @@ def test_analyze_draws_svg(workbench: Command, file: Path, tmp_path: Path):
     out = tmp_path / "f.svg"
     result = workbench("analyze", "load", file, "--run", "one", *QUICK["load"], "--figure", out)
     assert result.code == 0 and out.read_text(encoding="utf-8").startswith("<svg"), result
+
+
+def test_analyze_explains_itself(workbench: Command):
+    listed = workbench("analyze").out
+    assert [line.split()[0] for line in listed.strip().splitlines()] == list(analysis.NAMES)
+    explained = workbench("analyze", "balance").out
+    assert "MaxVio" in explained and "dead_below: float = 0.1" in explained
 
 
 def test_analyze_refuses(workbench: Command, file: Path, tmp_path: Path):

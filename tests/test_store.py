@@ -146,9 +146,12 @@ def test_everything_recorded(tmp_path):
             margin=np.where(np.arange(n) == 4, np.nan, 0.5).astype(np.float32),
             logits=random.standard_normal((n, 16), dtype=np.float32),
             norms=random.random((n, 4), dtype=np.float32),
+            shift=random.random(n, dtype=np.float32) * 2,
+            lookahead=one.experts[::-1] if layer == 0 else None,
         )
-        for one in block.routing
+        for layer, one in enumerate(block.routing)
     ]
+    block.tokens["predicted"] = np.where(np.arange(n) % 7, block.tokens["token_id"][::-1], -1)
     profiles = [np.full((2, 16), 1 / 16, dtype=np.float32) for _ in layers]
     profiles[1][0] = np.arange(16) / 120
     recorded = [name for name in schema.RECORDABLE if name != "ids"]
@@ -157,9 +160,11 @@ def test_everything_recorded(tmp_path):
     order = np.r_[10:30, 0:10]  # sequence 1 comes before 3
     for layer, one in enumerate(routing):
         np.testing.assert_array_equal(trace.experts(layer), one.experts[order])
-        for name in ("entropy", "margin", "logits", "norms"):
+        for name in ("entropy", "margin", "logits", "norms", "shift"):
             np.testing.assert_array_equal(getattr(trace, name)(layer), getattr(one, name)[order])
         np.testing.assert_array_equal(trace.profiles(layer), profiles[layer][::-1])
+    np.testing.assert_array_equal(trace.lookahead(0), routing[0].lookahead[order])
+    np.testing.assert_array_equal(trace.predictions(), block.tokens["predicted"][order])
     assert trace.recorded == frozenset(schema.RECORDABLE)
     assert problems(path) == []
 

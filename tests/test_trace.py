@@ -70,7 +70,7 @@ def test_facts(path):
     assert trace.vocabulary()["text"].tolist() == [f"t{i}" for i in range(5)]
     assert "21 tokens, 5 sequences, 2 layers" in repr(trace)
     facts = info(path)
-    assert facts["runs"][0]["tokens"] == 21 and facts["runs"][0]["experts"] == [16] and facts["format"] == 1
+    assert facts["runs"][0]["tokens"] == 21 and facts["runs"][0]["experts"] == [16] and facts["format"] == schema.FORMAT
 
 
 def test_an_empty_run(tmp_path):

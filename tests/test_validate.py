@@ -31,9 +31,12 @@ def good(tmp_path_factory):
             margin=random.random(n, dtype=np.float32),
             logits=random.standard_normal((n, 16), dtype=np.float32),
             norms=random.random((n, 4), dtype=np.float32),
+            shift=random.random(n, dtype=np.float32),
+            lookahead=one.experts if layer == 0 else None,
         )
-        for one in block.routing
+        for layer, one in enumerate(block.routing)
     ]
+    block.tokens["predicted"] = np.where(np.arange(n) == 3, -1, block.tokens["token_id"][::-1])
     profiles = [np.full((2, 16), 1 / 16, dtype=np.float32) for _ in LAYERS]
     with Writer(path, RUN | {"recorded": schema.RECORDABLE}, LAYERS) as writer:
         writer.add_vocabulary(VOCABULARY)
@@ -68,6 +71,9 @@ BREAKS = [
     (f"UPDATE tokens SET phase = 'generated' WHERE {ROW}", "generated", None, 4, 2, 1),
     (f"UPDATE tokens SET nll = -0.5 WHERE {ROW}", "nll", None, 4, 2, 1),
     (f"UPDATE tokens SET nll = 'nan' WHERE {ROW}", "nll", None, 4, 2, 1),
+    (f"UPDATE tokens SET predicted = 77 WHERE {ROW}", "predicted", None, 4, 2, 1),
+    (f"UPDATE routing SET shift = -0.5 WHERE layer = 1 AND {ROW}", "shift", 1, 4, 2, 1),
+    (f"UPDATE routing SET lookahead = NULL WHERE layer = 0 AND {ROW}", "lookahead", 0, 4, 2, 1),
     (f"UPDATE routing SET layer = 5 WHERE layer = 1 AND {ROW}", "routing_layer", 5, 4, 2, 1),
     (f"UPDATE routing SET seq = 9 WHERE layer = 1 AND {ROW}", "routing_sequence", 1, 9, 2, 1),
     (f"DELETE FROM routing WHERE layer = 1 AND {ROW}", "routing_positions", 1, 4, 2, 1),

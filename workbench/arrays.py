@@ -30,6 +30,7 @@ def from_arrays(
     seq: npt.ArrayLike | None = None,
     sequences: pd.DataFrame | None = None,
     token_ids: npt.ArrayLike | None = None,
+    predictions: npt.ArrayLike | None = None,
     vocabulary: Mapping[int, str] | None = None,
     run: str = "arrays",
     overwrite: bool = False,
@@ -45,7 +46,8 @@ def from_arrays(
                 Columns lang, domain, source, segment_id, sha256 and n_prompt are what they are in a trace, every other
                 one becomes metadata
     token_ids   integers (n_tokens,); None: unknown
-    vocabulary  texts of the token ids
+    predictions integers (n_tokens,): the token that the model would put next, -1 where unknown; None: not recorded
+    vocabulary  texts of the token ids, predicted ones too
 
     Positions count up from 0 in each sequence. Raises InputError, naming the token and the layer, if an array is not
     as described; then nothing is written.
@@ -61,13 +63,13 @@ def from_arrays(
     gates = None if weights is None else _weights(weights, ids)
     order = _sequence_of(seq, n_tokens)
     rows = _sequence_rows(sequences, order)
-    tokens = np.full(n_tokens, UNKNOWN_TOKEN) if token_ids is None else np.asarray(token_ids)
-    if tokens.shape != (n_tokens,) or tokens.dtype.kind not in "iu":
-        raise InputError(f"token_ids is {tokens.dtype} of shape {tokens.shape}; expected {n_tokens} integers.")
+    tokens = np.full(n_tokens, UNKNOWN_TOKEN) if token_ids is None else _token_ids("token_ids", token_ids, n_tokens)
+    predicted = None if predictions is None else _token_ids("predictions", predictions, n_tokens)
     layers = [
         {"name": f"layers.{layer}", "n_experts": size, "top_k": k, "gating": None} for layer, size in enumerate(sizes)
     ]
-    recorded = ["ids"] if gates is None else ["ids", "weights"]
+    given = {"weights": gates, "predictions": predicted}
+    recorded = ["ids", *(name for name, array in given.items() if array is not None)]
     header = {"run": run, "engine": "arrays", "recorded": recorded}
     with Writer(out, header, layers, mode="overwrite" if overwrite and Path(out).exists() else "new") as writer:
         writer.add_vocabulary(vocabulary or {})
@@ -85,6 +87,7 @@ def from_arrays(
                         "token_id": tokens[here].astype(np.int32),
                         "phase": np.concatenate([_phases(row) for row in part]),
                         "nll": np.full(here.stop - here.start, np.nan, dtype=np.float32),
+                        **({} if predicted is None else {"predicted": predicted[here].astype(np.int32)}),
                     },
                     routing=[
                         Routing(ids[here, layer], None if gates is None else gates[here, layer])
@@ -138,6 +141,13 @@ def _weights(weights: npt.ArrayLike, ids: np.ndarray) -> np.ndarray:
             f"weights[{token}, {layer}, {rank}] is {given[token, layer, rank]}; expected finite numbers >= 0."
         )
     return gates
+
+
+def _token_ids(name: str, token_ids: npt.ArrayLike, n_tokens: int) -> np.ndarray:
+    given = np.asarray(token_ids)
+    if given.shape != (n_tokens,) or given.dtype.kind not in "iu":
+        raise InputError(f"{name} is {given.dtype} of shape {given.shape}; expected {n_tokens} integers.")
+    return given
 
 
 def _sequence_of(seq: npt.ArrayLike | None, n_tokens: int) -> np.ndarray:

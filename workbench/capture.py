@@ -19,7 +19,7 @@ from workbench.errors import InputError
 from workbench.forward import predicts_next, reads_twice, run_batch
 from workbench.models import Model, load
 from workbench.recorder import Recorder
-from workbench.schema import RECORDABLE
+from workbench.schema import RECORDABLE, UNKNOWN_TOKEN
 from workbench.store import Writer, check_target
 from workbench.tokenization import LongTexts, Sequence, batches, sequences, survey
 from workbench.tracefile import Trace
@@ -44,8 +44,8 @@ def trace(
 
     model         what `workbench.load` returns, or a name for it
     corpus        bundled names, paths or `workbench.corpus.read(…)` results; several are traced one after the other
-    record        any of `workbench.schema.RECORDABLE`; ids are always recorded, and profiles are each sequence's mean
-                  router probabilities
+    record        any of `workbench.schema.RECORDABLE`; ids are always recorded, profiles are each sequence's mean
+                  router probabilities; shift and lookahead can't be recorded of every family
     run           name of the run inside the file; by default the model's and the corpora's
     mode          "new" (refuse an existing file), "overwrite", "append" (one more run) or "resume" (finish a run)
     max_tokens    stop after the sequence that reaches this many tokens
@@ -62,14 +62,13 @@ def trace(
     sources = _read(corpus)
     model = model if isinstance(model, Model) else load(model)
     _check(model, max_tokens, batch_tokens, generate)
+    if "predictions" in record and (reads_twice(model) or not predicts_next(model)):
+        raise InputError(f"{model.family} doesn't predict the next token of a text: trace it without predictions")
+    recorder = Recorder(model, _observed(record))
     limit = _max_length(model, max_length, generate)
 
     def texts() -> Iterator[Sequence]:
-        found = sequences(
-            sources, model.tokenizer, max_length=limit, long_texts=long_texts, generation_prompt=generate > 0
-        )
-        found = _embeddable(found, model)
-        return found if max_tokens is None else _until(found, max_tokens)
+        return _texts(model, sources, limit, long_texts, max_tokens, generation_prompt=generate > 0)
 
     plan = survey(tqdm(texts(), desc="reading", unit=" texts", disable=None if progress else True, leave=False))
     names = [source.name for source in sources]
@@ -93,17 +92,47 @@ def trace(
             unit_scale=True,
             disable=None if progress else True,
         )
-        with bar, Recorder(model, _observed(record)) as recorder, torch.inference_mode():
+        with bar, recorder, torch.inference_mode():
             named: set[int] = set()
             for batch in batches(texts(), batch_tokens):
                 if not done.issuperset(sequence.seq for sequence in batch):
-                    block = run_batch(model, recorder, batch, generate)
-                    new = set(np.unique(block.tokens["token_id"]).tolist()) - named
+                    block = run_batch(model, recorder, batch, generate, predict="predictions" in record)
+                    ids = [block.tokens[name] for name in ("token_id", "predicted") if name in block.tokens]
+                    new = set(np.unique(np.concatenate(ids)).tolist()) - named - {UNKNOWN_TOKEN}
                     writer.add_vocabulary(_texts_of(model.tokenizer, sorted(new)))
                     writer.append(block)
                     named |= new
                 bar.update(sum(len(sequence.token_ids) + generate for sequence in batch))
     return Trace(out, run=run)
+
+
+def read_texts(
+    model: Model,
+    corpus: str | Path | corpora.Corpus | Several[str | Path | corpora.Corpus],
+    *,
+    max_tokens: int | None = None,
+    max_length: int | None = None,
+    long_texts: LongTexts = "refuse",
+) -> list[Sequence]:
+    """The texts of a corpus as a model reads them, all of them in memory; arguments and errors as `trace` has them."""
+    sources = _read(corpus)
+    _check(model, max_tokens, batch_tokens=1, generate=0)
+    return list(_texts(model, sources, _max_length(model, max_length, 0), long_texts, max_tokens))
+
+
+def _texts(
+    model: Model,
+    sources: list[corpora.Corpus],
+    max_length: int,
+    long_texts: LongTexts,
+    max_tokens: int | None,
+    generation_prompt: bool = False,
+) -> Iterator[Sequence]:
+    found = sequences(
+        sources, model.tokenizer, max_length=max_length, long_texts=long_texts, generation_prompt=generation_prompt
+    )
+    found = _embeddable(found, model)
+    return found if max_tokens is None else _until(found, max_tokens)
 
 
 def header(model: Model, run: str, record: list[str], request: dict) -> dict:
@@ -138,7 +167,7 @@ def _recordable(record: Iterable[str]) -> list[str]:
 
 def _observed(record: Several[str]) -> set[str]:
     """What the recorder has to keep so that `record` can be written."""
-    return {"probabilities" if name == "profiles" else name for name in record} - {"ids"}
+    return {"probabilities" if name == "profiles" else name for name in record} - {"ids", "predictions"}
 
 
 def _check(model: Model, max_tokens: int | None, batch_tokens: int, generate: int) -> None:

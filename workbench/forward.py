@@ -8,17 +8,25 @@ from torch.nn.functional import cross_entropy
 
 from workbench.errors import RunError
 from workbench.models import Model
-from workbench.recorder import Observation, Recorder
+from workbench.observation import Observation
+from workbench.recorder import Recorder
 from workbench.routing import Routing
-from workbench.schema import PHASES
+from workbench.schema import PHASES, UNKNOWN_TOKEN
 from workbench.store import Block
 from workbench.tokenization import Sequence
 
 
-def run_batch(model: Model, recorder: Recorder, batch: list[Sequence], generate: int = 0) -> Block:
-    """The batch through the model; RunError says at which text it broke off."""
+def run_batch(
+    model: Model, recorder: Recorder, batch: list[Sequence], generate: int = 0, *, predict: bool = False
+) -> Block:
+    """The batch through the model; RunError says at which text it broke off.
+
+    predict  add the model's own predictions to the tokens: `predicted`
+    """
     try:
-        return _generated(model, recorder, batch, generate) if generate else _forward(model, recorder, batch)
+        if generate:
+            return _generated(model, recorder, batch, generate, predict)
+        return _forward(model, recorder, batch, predict)
     except RunError:
         raise
     except (RuntimeError, MemoryError) as error:
@@ -30,7 +38,7 @@ def run_batch(model: Model, recorder: Recorder, batch: list[Sequence], generate:
         ) from error
 
 
-def _padded(batch: list[Sequence], pad: int, side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(batch: list[Sequence], pad: int, side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, int64 (B, S), of sequences of different lengths."""
     longest = max(len(sequence.token_ids) for sequence in batch)
     ids = np.full((len(batch), longest), pad, dtype=np.int64)
@@ -42,7 +50,7 @@ def _padded(batch: list[Sequence], pad: int, side: str, device) -> tuple[torch.T
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
-def _pad_id(model: Model) -> int:
+def pad_id(model: Model) -> int:
     tokenizer = model.tokenizer
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
@@ -52,13 +60,13 @@ def reads_twice(model: Model) -> bool:
     return bool(getattr(getattr(model.module, "config", None), "is_encoder_decoder", False))
 
 
-def _forward(model: Model, recorder: Recorder, batch: list[Sequence]) -> Block:
+def _forward(model: Model, recorder: Recorder, batch: list[Sequence], predict: bool) -> Block:
     """One forward pass over whole sequences.
 
     An encoder–decoder model reads the text in the encoder and again, teacher-forced, in the decoder, so that a
     position means the same token in both stacks. Its nll is unknown: the decoder could copy what the encoder read.
     """
-    ids, mask = _padded(batch, _pad_id(model), "right", model.device)
+    ids, mask = padded(batch, pad_id(model), "right", model.device)
     decoder = {"decoder_input_ids": ids, "decoder_attention_mask": mask} if reads_twice(model) else {}
     logits = getattr(model.module(input_ids=ids, attention_mask=mask, use_cache=False, **decoder), "logits", None)
     (observed,) = recorder.take()
@@ -66,8 +74,9 @@ def _forward(model: Model, recorder: Recorder, batch: list[Sequence]) -> Block:
     nll = np.full(int(kept.sum()), np.nan, dtype=np.float32)
     if logits is not None and logits.shape[:2] == ids.shape and predicts_next(model) and not decoder:
         nll = next_token_nll(logits, ids)[kept].cpu().numpy()
+    predicted = logits.argmax(-1) if predict and logits is not None else None
     phase = np.concatenate([sequence.phase for sequence in batch])
-    return _block(batch, observed, kept, ids, phase, nll, generated=[0] * len(batch))
+    return _block(batch, observed, kept, ids, phase, nll, predicted, generated=[0] * len(batch))
 
 
 def predicts_next(model: Model) -> bool:
@@ -83,15 +92,17 @@ def next_token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return nll
 
 
-def _generated(model: Model, recorder: Recorder, batch: list[Sequence], n: int) -> Block:
+def _generated(model: Model, recorder: Recorder, batch: list[Sequence], n: int, predict: bool) -> Block:
     """Greedy generation with the KV cache, recorded step by step.
+
+    Predictions are known from the last token of the prompt on: for those before, the model computes no logits.
 
     The last sampled token is never fed back, so it has no routing: one token more than asked is generated and dropped.
     A sequence ends before its end-of-text token, which is fed back only if its batch goes on.
     """
     module: Any = model.module
-    pad = _pad_id(model)
-    ids, mask = _padded(batch, pad, "left", model.device)
+    pad = pad_id(model)
+    ids, mask = padded(batch, pad, "left", model.device)
     result = module.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -114,12 +125,16 @@ def _generated(model: Model, recorder: Recorder, batch: list[Sequence], n: int) 
     nll = torch.full(token_ids.shape, float("nan"), dtype=torch.float32, device=ids.device)
     for step in range(steps):
         nll[:, ids.shape[1] + step] = cross_entropy(result.logits[step].float(), new[:, step], reduction="none")
+    predicted = None
+    if predict:
+        unknown = torch.full((len(batch), ids.shape[1] - 1), UNKNOWN_TOKEN, device=ids.device)
+        predicted = torch.cat([unknown, *(logits.argmax(-1, keepdim=True) for logits in result.logits[: steps + 1])], 1)
     lengths = going.sum(1).tolist()
     generated = PHASES.index("generated")
     phase = np.concatenate(
         [np.concatenate([s.phase, np.full(g, generated, np.uint8)]) for s, g in zip(batch, lengths, strict=True)]
     )
-    return _block(batch, observed, kept, token_ids, phase, nll[kept].cpu().numpy(), generated=lengths)
+    return _block(batch, observed, kept, token_ids, phase, nll[kept].cpu().numpy(), predicted, generated=lengths)
 
 
 def _joined(steps: list[Observation]) -> Observation:
@@ -139,9 +154,10 @@ def _block(
     ids: torch.Tensor,
     phase: np.ndarray,
     nll: np.ndarray,
+    predicted: torch.Tensor | None,
     generated: list[int],
 ) -> Block:
-    """Padding removed, as NumPy, with metadata. kept is bool (B, S); nll and phase are of its n tokens."""
+    """Padding removed, as NumPy, with metadata. kept is bool (B, S), predicted int64; nll and phase are of n tokens."""
     lengths = kept.sum(1).tolist()
     rows = [
         {
@@ -167,6 +183,8 @@ def _block(
         "phase": phase,
         "nll": nll,
     }
+    if predicted is not None:
+        tokens["predicted"] = _rows(predicted, places).to(torch.int32).cpu().numpy()
     return Block(
         sequences=rows,
         tokens=tokens,
@@ -180,13 +198,19 @@ def _routing(observed: Observation, places: torch.Tensor | None) -> Routing:
         return None if values is None else _rows(values, places).float().cpu().numpy()
 
     return Routing(
-        experts=_rows(observed.experts, places).cpu().numpy().astype(np.uint16),  # -1 wraps to NO_EXPERT
+        experts=_ids(observed.experts, places),
         weights=rows(observed.weights),
         entropy=rows(observed.entropy),
         margin=rows(observed.margin),
         logits=rows(observed.logits),
         norms=rows(observed.norms),
+        shift=rows(observed.shift),
+        lookahead=None if observed.lookahead is None else _ids(observed.lookahead, places),
     )
+
+
+def _ids(ids: torch.Tensor, places: torch.Tensor | None) -> np.ndarray:
+    return _rows(ids, places).cpu().numpy().astype(np.uint16)  # -1 wraps to NO_EXPERT
 
 
 def _rows(values: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:

@@ -48,6 +48,7 @@ class Layer:
     selector: tuple[nn.Module, str] = field(repr=False)  # module and method within which the selection is made
     experts: nn.Module = field(repr=False)  # for standard, one-hot and dense layouts; else the block
     block: nn.Module = field(repr=False)
+    around: nn.Module = field(repr=False)  # the decoder (or encoder) layer that the block is in
     owner: nn.Module = field(repr=False)  # the stack of layers; its inputs tell batch and sequence
 
 
@@ -117,7 +118,7 @@ def _layer(model: nn.Module, name: str, block: nn.Module, index: int) -> Layer:
         n_experts = n_experts or _first((config, "num_experts"))
     hash_layer = hasattr(router, "tid2eid")
     scoring = _scoring(family, config, text_config)
-    stack = _in_stack(name)[0]
+    stack, place = _in_stack(name)
     two_stacks = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return Layer(
         index=index,
@@ -133,6 +134,7 @@ def _layer(model: nn.Module, name: str, block: nn.Module, index: int) -> Layer:
         selector=(router if selects_in == "forward" and family.layout != "product keys" else block, selects_in),
         experts=experts,
         block=block,
+        around=model.get_submodule(place),
         owner=model.get_submodule(stack),
     )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from workbench import bundled
 from workbench.errors import InputError
 from workbench.layers import Layer, expert_parameters, family_of, find_layers
+from workbench.quantization import quantise, quietly
 
 __all__ = ["Layer", "Model", "describe", "find_layers", "load"]
 
@@ -51,7 +52,7 @@ class Model:
     name      as given to load(); the checkpoint's own name, or the class, for a module in memory
     revision  commit of the Hub the weights are from; None for folders and modules
     family    key of `workbench.families.FAMILIES`
-    dtype     of most parameters: "float32", "bfloat16", …
+    dtype     of most parameters: "float32", "bfloat16", …; "int8:bfloat16" for int8 weights computed with in bfloat16
     """
 
     name: str
@@ -91,12 +92,19 @@ def load(
 
     model      "demo", "demo-early", a folder, a Hub id, or a module in memory (used as it is, where it is)
     tokenizer  a tokenizer, or the folder or Hub id of one; default: the checkpoint's own, None if it has none
-    dtype      "auto" (as the checkpoint says), or a torch dtype or its name
+    dtype      "auto" (as the checkpoint says), or a torch dtype or its name; "int8": the weights rounded to torchao's
+               weight-only int8, computing in the checkpoint's dtype ("int8:float32": in that one). The numerics are
+               int8's, the memory isn't: see `workbench.quantization`
 
     InputError if there is no such model, a file is missing or truncated, weights are missing, the model is dense, its
-    family can't be traced, or its experts run in kernels that can't be seen into.
+    family can't be traced, its experts run in kernels that can't be seen into, or int8 is asked for without torchao.
     """
+    computing, int8 = _dtype(dtype)
     if isinstance(model, nn.Module):
+        if int8:
+            raise InputError(
+                f"dtype {dtype!r}: a module in memory is used as it is; give the folder or id of a checkpoint."
+            )
         return _wrap(model, _name(model), tokenizer, revision)
     source = _locate(model)
     config = _config(source, revision, trust_remote_code)
@@ -107,7 +115,7 @@ def load(
             source,
             config=config,
             revision=revision,
-            dtype=_dtype(dtype),
+            dtype=computing,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -122,7 +130,11 @@ def load(
         wanted = tokenizer is not None
         tokenizer = _tokenizer(str(tokenizer) if wanted else source, wanted, trust_remote_code)
     commit = getattr(config, "_commit_hash", None)
-    return _wrap(module.to(device), str(model), tokenizer, revision if commit is None else commit)
+    loaded = _wrap(module.to(device), str(model), tokenizer, revision if commit is None else commit)
+    if not int8:
+        return loaded
+    quantise(loaded.module, loaded.layers)
+    return replace(loaded, dtype=f"int8:{loaded.dtype}")
 
 
 def describe(model: str | Path = "demo", *, revision: str | None = None, trust_remote_code: bool = False) -> dict:
@@ -273,13 +285,20 @@ def _tokenizer(source: str, wanted: bool, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if dtype == "auto" or isinstance(dtype, torch.dtype):
-        return dtype
-    named = getattr(torch, dtype, None)
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise InputError(f"dtype {dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'.")
-    return named
+def _dtype(dtype: str | torch.dtype) -> tuple[str | torch.dtype, bool]:
+    """What to compute in, and whether the weights are to be int8's."""
+    if isinstance(dtype, torch.dtype):
+        return dtype, False
+    weights, _, computing = dtype.rpartition(":")
+    if dtype == "int8":
+        weights, computing = dtype, "auto"
+    named = computing if computing == "auto" else getattr(torch, computing, None)
+    floating = named == "auto" or (isinstance(named, torch.dtype) and named.is_floating_point)
+    if named is None or not floating or weights not in ("", "int8"):
+        raise InputError(
+            f"dtype {dtype!r}: expected 'auto', 'float32', 'bfloat16', 'float16', or 'int8' (also as 'int8:float32')."
+        )
+    return named, weights == "int8"
 
 
 @contextmanager
@@ -290,7 +309,8 @@ def _explained(source: str) -> Iterator[None]:
     # Its warnings about missing weights come back as errors of ours, those about parallel plans concern nobody here.
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with quietly():
+            yield
     except InputError:
         raise
     except SafetensorError as error:

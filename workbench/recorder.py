@@ -21,71 +21,48 @@ What the options mean, with z the logits, s the scores and E experts:
                    mask; NaN where nothing was left to choose from (k = E, or all else masked) and in hash layers
     norms          L2 norm of each selected expert's output before the gate weight. Standard layouts compute the
                    selected experts a second time, on the side: about twice the experts' cost
+    shift          max(0, 1 - cos(x, x + r)), how far the routed experts turn the residual stream; see `residual`
+    lookahead      ids that the next layer's router chooses when it is given this layer's router input; see `lookahead`
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from workbench import lookahead, residual
 from workbench.errors import InputError, RunError
 from workbench.layers import Layer
 from workbench.models import Model
+from workbench.observation import Observation, Seen, chosen, observation, unsort
 from workbench.scores import LOG_SCORES, Selection, entropy, log_probabilities, margin
 
 FIELDS = ("weights", "entropy", "margin", "logits", "norms", "probabilities")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Observation:
-    """One router in one forward pass: batch B, sequence S (padding included), k experts a token, E experts in all.
-
-    experts        int64   (B, S, k)  ids in the router's own rank order; -1 where there is no expert
-    weights        float32 (B, S, k)  0 where there is no expert
-    entropy        float32 (B, S)     nats
-    margin         float32 (B, S)
-    logits         float32 (B, S, E)
-    norms          float32 (B, S, k)  0 where there is no expert
-    probabilities  float32 (B, S, E)
-    """
-
-    experts: Tensor
-    weights: Tensor | None = None
-    entropy: Tensor | None = None
-    margin: Tensor | None = None
-    logits: Tensor | None = None
-    norms: Tensor | None = None
-    probabilities: Tensor | None = None
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What the hooks of one layer kept of one pass. `selection` is as the family has it; `take` decodes it."""
-
-    shape: tuple[int, int]
-    selection: tuple[Any, ...]
-    extras: dict[str, Tensor]
+"""What can be recorded of every family, besides ids."""
+OF_MOST_FAMILIES = ("shift", "lookahead")
+"""What can be recorded of most: see `workbench.residual.NO_SHIFT` and `workbench.lookahead.NO_LOOKAHEAD`."""
 
 
 class Recorder:
     """Context manager that records the routers of `model`. Nothing is hooked outside the `with`.
 
-    record: any of FIELDS; ids are always recorded. Recorders can be nested, like other context managers. Something
-    that edits routing has to be entered before the recorder, which then sees the edited routing.
+    record: any of FIELDS and OF_MOST_FAMILIES; ids are always recorded. Recorders can be nested, like other context
+    managers. Something that edits routing has to be entered before the recorder, which then sees the edited routing.
 
-    InputError for a field that doesn't exist, or a scoring function whose probabilities aren't known.
+    InputError for a field that doesn't exist or that the model's family can't give, or a scoring function whose
+    probabilities aren't known.
     """
 
     def __init__(self, model: Model, record: Collection[str] = ("weights",)) -> None:
-        unknown = sorted(set(record) - set(FIELDS) - {"ids", "experts"})
+        unknown = sorted(set(record) - {"ids", "experts", *FIELDS, *OF_MOST_FAMILIES})
         if unknown:
-            raise InputError(f"can't record {', '.join(unknown)}: choose from ids, {', '.join(FIELDS)}.")
+            names = ", ".join(("ids", *FIELDS, *OF_MOST_FAMILIES))
+            raise InputError(f"can't record {', '.join(unknown)}: choose from {names}.")
         self._layers = model.layers
         self._record = frozenset(record)
         if self._record & {"entropy", "probabilities"}:
@@ -95,13 +72,18 @@ class Recorder:
                         f"layer {layer.name} scores experts by {layer.scoring!r}, whose probabilities aren't known: "
                         "record without entropy and probabilities."
                     )
+        for layer in self._layers:
+            if "shift" in self._record:
+                residual.check(layer)
+            if "lookahead" in self._record:
+                lookahead.check(layer)
         self._handles: list[RemovableHandle] = []
         self._restore: list[Callable[[], None]] = []
         self.clear()
 
     def clear(self) -> None:
         """Forget everything recorded since the last take, for instance after a forward pass that failed."""
-        self._passes: list[dict[int, _Seen]] = []
+        self._passes: list[dict[int, Seen]] = []
         self._last = len(self._layers)  # index of the layer seen last; the first layer to come opens a pass
         self._shapes: dict[int, tuple[int, int]] = {}
         self._extras: dict[str, Tensor] = {}
@@ -153,7 +135,7 @@ class Recorder:
                     f"{len(missed)} of {len(layers)} routers saw nothing in a forward pass, the first of them "
                     f"{missed[0]}: the pass ended early, or something bypasses these modules."
                 )
-            taken.append([_observation(layers[index], seen[index], self._record) for index in sorted(seen)])
+            taken.append([observation(layers[index], seen[index], self._record) for index in sorted(seen)])
         return taken
 
     # -- hooks -------------------------------------------------------------------------------------------------------
@@ -175,11 +157,11 @@ class Recorder:
                 )
             )
         elif layout == "dense":
-            keep(layer.router.register_forward_hook(lambda _m, _a, out: self._dense(layer, out[0])))
+            keep(layer.router.register_forward_hook(lambda _m, _a, out: self._close(layer, chosen(layer, out))))
             if "norms" in self._record:
                 keep(layer.experts.register_forward_hook(lambda _m, _a, out: self._dense_norms(layer, out)))
         elif layout == "sorted":
-            keep(layer.router.register_forward_hook(lambda _m, _a, out: self._close(layer, (out[0], out[2], out[3]))))
+            keep(layer.router.register_forward_hook(lambda _m, _a, out: self._close(layer, chosen(layer, out))))
             if "norms" in self._record:
                 last = layer.block.get_submodule("output_linear")
                 keep(last.register_forward_hook(lambda _m, _a, out: self._sorted_norms(layer, out)))
@@ -187,6 +169,11 @@ class Recorder:
             rows = layer.block.get_submodule("down_embed")
             keep(rows.register_forward_pre_hook(lambda _m, args: self._product_ids(args[0])))
             keep(layer.block.register_forward_hook(lambda _m, args, _out: self._product(layer, args[0])))
+        if "shift" in self._record:
+            self._handles += residual.hook(layer, lambda shift: self._add(layer, "shift", shift))
+        after = lookahead.following(self._layers, layer)
+        if "lookahead" in self._record and after is not None:
+            self._handles += lookahead.hook(layer, after, lambda ids: self._add(layer, "lookahead", ids))
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A stack starts: its inputs say what batch and sequence are."""
@@ -201,8 +188,12 @@ class Recorder:
             self._passes.append({})
         self._last = layer.index
         shape = self._shapes.get(id(layer.owner), (1, -1))
-        self._passes[-1][layer.index] = _Seen(shape, selection, self._extras)
+        self._passes[-1][layer.index] = Seen(shape, selection, self._extras)
         self._extras = {}
+
+    def _add(self, layer: Layer, name: str, value: Tensor) -> None:
+        """File what comes after the layer's selection was known."""
+        self._passes[-1][layer.index].extras[name] = value
 
     def _consumed(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, ids, weights = (*args, *kwargs.values())[:3]  # the families name these differently
@@ -228,11 +219,6 @@ class Recorder:
         if "probabilities" in self._record:
             self._extras["probabilities"] = log_p[:, : layer.n_experts].exp()
 
-    def _dense(self, layer: Layer, scores: Tensor) -> None:
-        # Every score that isn't 0 is a selected expert's, and no other expert contributes.
-        weights, ids = scores.detach().topk(layer.top_k, dim=-1)
-        self._close(layer, (ids.masked_fill(weights == 0, -1), weights))
-
     def _dense_norms(self, layer: Layer, out: Any) -> None:
         seen = self._passes[-1][layer.index]
         by_expert = out.detach().float().view(layer.n_experts, -1, out.shape[-1]).norm(dim=-1)  # (E, T)
@@ -240,7 +226,7 @@ class Recorder:
 
     def _sorted_norms(self, layer: Layer, out: Any) -> None:
         seen = self._passes[-1][layer.index]
-        seen.extras["norms"] = _unsort(seen.selection[0], out.detach().float().norm(dim=-1)).view(-1, layer.top_k)
+        seen.extras["norms"] = unsort(seen.selection[0], out.detach().float().norm(dim=-1)).view(-1, layer.top_k)
 
     def _product_ids(self, ids: Tensor) -> None:
         self._extras["ids"] = ids.detach()
@@ -303,52 +289,3 @@ def _norms(layer: Layer, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor
             weights_of_rows = torch.cat([ones, torch.zeros_like(ones)], -1)
         out = layer.experts.forward(rows, ids_of_rows, weights_of_rows)
         return out.reshape(len(rows), -1).float().norm(dim=-1).view(ids.shape)
-
-
-def _unsort(order: Tensor, values: Tensor) -> Tensor:
-    """Undo values = original[order]."""
-    return torch.empty_like(values).scatter_(0, order, values)
-
-
-def _decode(layer: Layer, selection: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """Ids and weights, both (T, k), from what the layout's hook kept."""
-    if layer.family.layout == "sorted":
-        order, weights, sizes = selection
-        experts = torch.arange(len(sizes), device=order.device)
-        ids = experts.repeat_interleave(torch.tensor(sizes, device=order.device))
-        return _unsort(order, ids).view(-1, layer.top_k), _unsort(order, weights.detach()).view(-1, layer.top_k)
-    ids, weights = selection
-    if layer.family.layout == "one-hot":
-        mask = ids.reshape(-1, layer.n_experts)
-        best = mask.max(-1)
-        return best.indices.masked_fill(best.values == 0, -1).unsqueeze(-1), weights.reshape(-1, 1)
-    return ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1])
-
-
-def _observation(layer: Layer, seen: _Seen, record: frozenset[str]) -> Observation:
-    """Decode and check what one layer saw in one pass."""
-    ids, weights = _decode(layer, seen.selection)
-    batch, length = seen.shape
-    if length >= 0 and len(ids) != batch * length:
-        raise RunError(
-            f"{layer.name} routed {len(ids)} of {batch * length} tokens (batch {batch} × length {length}): only some "
-            "of the input goes through it, as when images have experts of their own. Trace text without images."
-        )
-    if layer.family.skips:
-        ids = ids.masked_fill(weights == 0, -1)
-    none = ids < 0
-    if layer.top_k > 1:
-        ranked = ids.sort(-1).values
-        if bool(((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any()):
-            raise RunError(f"{layer.name} gave a token the same expert twice: the record can't be what the router did.")
-    if len(ids) and not bool(none.all()) and not bool(weights.any()):
-        raise RunError(f"{layer.name} gave every expert the weight 0: the record can't be what the router did.")
-    extras = dict(seen.extras)
-    if "weights" in record:
-        extras["weights"] = weights.float().masked_fill(none, 0.0)
-    if "norms" in extras:
-        extras["norms"] = extras["norms"].masked_fill(none, 0.0)
-    shaped = {name: x.reshape(batch, length, *x.shape[1:]) for name, x in extras.items()}
-    if "margin" in record and "margin" not in shaped:  # hash layers
-        shaped["margin"] = torch.full((batch, length), torch.nan, device=ids.device)
-    return Observation(experts=ids.long().reshape(batch, length, -1), **shaped)

@@ -18,6 +18,8 @@ class Routing:
     margin    float32 (n,)    k-th minus (k+1)-th score as the router's top-k saw them; NaN where k = E or no scores
     logits    float32 (n, E)  router logits before gating
     norms     float32 (n, k)  L2 norm of each selected expert's output, before weighting; 0 where there is no expert
+    shift     float32 (n,)    how far the routed experts turn the residual stream: max(0, 1 - cos(x, x + r))
+    lookahead uint16  (n, k')  ids that the next router, of top-k', would choose; None in the last layer of a stack
     """
 
     experts: np.ndarray
@@ -26,3 +28,5 @@ class Routing:
     margin: np.ndarray | None = None
     logits: np.ndarray | None = None
     norms: np.ndarray | None = None
+    shift: np.ndarray | None = None
+    lookahead: np.ndarray | None = None

@@ -29,13 +29,15 @@ from workbench.errors import InputError
 
 T = TypeVar("T")
 
-FORMAT = 1
-"""Version of the tables. A file of another version is refused: there is no older one to migrate yet."""
+FORMAT = 2
+"""Version of the tables. An older file is read as it is, and migrated when a run is written to it."""
 
 PHASES = ("template", "prompt", "generated")
 """Where a token comes from, in the order of the codes in `Block.tokens["phase"]`."""
 
-RECORDABLE = ("ids", "weights", "entropy", "margin", "logits", "norms", "profiles")
+RECORDABLE = (
+    "ids", "weights", "entropy", "margin", "logits", "norms", "profiles", "shift", "lookahead", "predictions",
+)  # fmt: skip
 """What `runs.recorded` can name. `ids` is always there."""
 
 STATUSES = ("running", "finished", "interrupted", "failed")
@@ -62,17 +64,27 @@ CREATE TABLE layers (
 CREATE TABLE sequences (
     run VARCHAR, seq INTEGER, sha256 VARCHAR, n_prompt INTEGER, n_tokens INTEGER, lang VARCHAR, domain VARCHAR,
     source VARCHAR, segment_id VARCHAR, metadata JSON);
-CREATE TABLE tokens (run VARCHAR, seq INTEGER, pos INTEGER, token_id INTEGER, phase phase, nll FLOAT);
+CREATE TABLE tokens (
+    run VARCHAR, seq INTEGER, pos INTEGER, token_id INTEGER, phase phase, nll FLOAT, predicted INTEGER);
 CREATE TABLE vocabulary (run VARCHAR, token_id INTEGER, text VARCHAR);
 CREATE TABLE routing (
     run VARCHAR, seq INTEGER, pos INTEGER, layer USMALLINT, scale FLOAT, experts USMALLINT[], weights USMALLINT[],
-    entropy FLOAT, margin FLOAT, logits FLOAT[], norms FLOAT[]);
+    entropy FLOAT, margin FLOAT, logits FLOAT[], norms FLOAT[], shift FLOAT, lookahead USMALLINT[]);
 CREATE TABLE profiles (run VARCHAR, seq INTEGER, layer USMALLINT, probs FLOAT[]);
 CREATE VIEW selections AS
     SELECT run, seq, pos, layer, unnest(range(len(experts)))::USMALLINT AS rank, unnest(experts) AS expert,
         unnest(weights)::FLOAT / 65535::FLOAT * scale AS weight
     FROM routing;
 """
+
+MIGRATIONS = {
+    1: (
+        "ALTER TABLE tokens ADD COLUMN predicted INTEGER",
+        "ALTER TABLE routing ADD COLUMN shift FLOAT",
+        "ALTER TABLE routing ADD COLUMN lookahead USMALLINT[]",
+    )
+}
+"""What turns a file of one format into one of the next."""
 
 TABLES = ("runs", "layers", "sequences", "tokens", "vocabulary", "routing", "profiles", "selections")
 """What can be queried and exported; the last one is a view."""
@@ -197,7 +209,7 @@ def _why_not(path: Path, error: duckdb.Error) -> str:
 
 
 def _check(con: duckdb.DuckDBPyConnection, path: Path) -> None:
-    """Refuse a DuckDB file that isn't a whole trace of this format."""
+    """Refuse a DuckDB file that isn't a whole trace of this format, or of one that can be migrated."""
     try:
         names = con.execute("SELECT table_name FROM duckdb_tables() WHERE NOT internal").fetchall()
         found = {name for (name,) in names}
@@ -214,7 +226,7 @@ def _check(con: duckdb.DuckDBPyConnection, path: Path) -> None:
         raise InputError(
             f"{path} has trace format {version}; this workbench reads format {FORMAT}. Update the workbench."
         )
-    if version < FORMAT:
+    if version not in (*MIGRATIONS, FORMAT):
         raise InputError(f"{path} has trace format {version}, which this workbench can't read or migrate. Trace again.")
     if missing := set(TABLES) - {"selections"} - found:
         raise InputError(f"{path} lacks the tables {', '.join(sorted(missing))}: it was changed after it was written.")
@@ -225,6 +237,24 @@ def _check(con: duckdb.DuckDBPyConnection, path: Path) -> None:
             f"{path} is cut short: {path.stat().st_size:,} bytes of at least {blocks * block_size:,}. "
             "Copy it again from where it came, or trace again."
         )
+
+
+def version_of(con: duckdb.DuckDBPyConnection) -> int:
+    """The format of an open trace."""
+    return con.execute("SELECT max(version) FROM format").fetchall()[0][0]
+
+
+def migrate(con: duckdb.DuckDBPyConnection) -> None:
+    """Bring an older trace to this format, in one transaction: all of it or nothing."""
+    version = version_of(con)
+    if version == FORMAT:
+        return
+    con.execute("BEGIN")
+    for step in range(version, FORMAT):
+        for statement in MIGRATIONS[step]:
+            con.execute(statement)
+    con.execute("UPDATE format SET version = ?", [FORMAT])
+    con.execute("COMMIT")
 
 
 def runs(con: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:

@@ -150,6 +150,7 @@ class Writer:
                 _delete(target)
                 schema.create(target)
             with schema.writing(target, wait=READERS_WAIT) as con:
+                schema.migrate(con)
                 if self.mode == "resume" and not fresh:
                     self._resume(con)
                 else:

@@ -148,6 +148,36 @@ class Trace:
         """float32 (n_tokens,): k-th minus (k+1)-th score of the router's top-k; NaN where k = E or it has no scores."""
         return self._numbers("margin", layer)
 
+    def shift(self, layer: int) -> np.ndarray:
+        """float32 (n_tokens,): how far the routed experts turn the residual stream, in [0, 2].
+
+        max(0, 1 - cos(x, x + r)), x the residual stream before the MoE block, r the weighted sum of the routed experts'
+        outputs, shared experts left out (EASY-EP, Dong et al. 2025).
+        """
+        return self._numbers("shift", layer)
+
+    def lookahead(self, layer: int) -> np.ndarray:
+        """uint16 (n_tokens, top_k of the next layer): what the next layer's router chooses given this one's input.
+
+        NO_EXPERT where there is none. InputError for the last layer of a stack, which has no next router.
+        """
+        self._need("lookahead")
+        following = self._following(layer)
+        return self._lists("lookahead", layer, following["top_k"], np.uint16, NO_EXPERT)
+
+    def predictions(self) -> np.ndarray:
+        """int32 (n_tokens,): the token that the model itself would put next after each token; -1 where unknown.
+
+        The argmax of the logits at the token's position. Unknown are, in a run that generates, the tokens of the prompt
+        but for its last.
+        """
+        self._need("predictions")
+        query = "SELECT seq, pos, predicted FROM tokens WHERE run = ?"
+        with schema.reading(self.path) as con:
+            rows = con.sql(query, params=[self.run]).to_arrow_table()
+        predicted = rows["predicted"].fill_null(schema.UNKNOWN_TOKEN).to_numpy().astype(np.int32, copy=False)
+        return self._place(rows, predicted, schema.UNKNOWN_TOKEN)
+
     def profiles(self, layer: int) -> np.ndarray:
         """float32 (n_sequences, E): mean router probabilities of a sequence's tokens; rows as in `sequences()`."""
         self._need("profiles")
@@ -165,11 +195,24 @@ class Trace:
             raise InputError(f"layer {layer}: run {self.run!r} has layers 0 to {self.n_layers - 1}.")
         return {str(name): value for name, value in self.layers.iloc[layer].items()}
 
+    def _following(self, layer: int) -> dict[str, Any]:
+        """The next layer of the same stack; InputError where there is none."""
+        here = self._layer(layer)
+        after = next(
+            (row for row in range(layer + 1, self.n_layers) if self._layer(row)["stack"] == here["stack"]), None
+        )
+        if after is None:
+            raise InputError(
+                f"layer {layer} of run {self.run!r} is the last of its stack: there is no router to look ahead to."
+            )
+        return self._layer(after)
+
     def _need(self, name: str) -> None:
         if name not in self.recorded:
             had = ", ".join(name for name in schema.RECORDABLE if name in self.recorded)
+            single = name in ("entropy", "margin", "shift", "lookahead")
             raise InputError(
-                f"{name} {'was' if name in ('entropy', 'margin') else 'were'} not recorded in run {self.run!r} "
+                f"{name} {'was' if single else 'were'} not recorded in run {self.run!r} "
                 f"(it has {had}): trace again with --record {had.replace(' ', '')},{name}."
             )
 

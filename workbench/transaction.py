@@ -34,7 +34,8 @@ class Block:
 
     sequences  one dict a sequence: seq, sha256, n_prompt, n_tokens, lang, domain, source, segment_id, metadata (a dict)
     tokens     arrays of n: seq int32, pos int32, token_id int32, phase uint8 (code into PHASES), nll float32 (nats, NaN
-               where unknown); the tokens of a sequence together, in order of position
+               where unknown) and, if recorded, predicted int32 (-1 unknown); the tokens of a sequence together, in
+               order of position
     routing    one Routing a layer, of the same n tokens in the same order
     profiles   float32 (n_sequences, E) a layer: mean router probabilities over a sequence's tokens; None: not recorded
     """
@@ -86,12 +87,16 @@ class Transaction:
             raise RunError(
                 f"a block has {len(block.routing)} layers; run {self.run!r} was begun with {len(self.layers)}"
             )
+        if "predictions" in self.recorded and "predicted" not in block.tokens:
+            raise RunError("predictions are to be recorded, but the tokens of a block came without `predicted`")
         encoded = []
         for layer, routing in zip(self.layers, block.routing, strict=True):
-            missing = [name for name in self.recorded & _OPTIONAL if getattr(routing, name) is None]
+            after = _after(self.layers, layer)
+            recorded = self.recorded if after else self.recorded - {"lookahead"}
+            missing = [name for name in recorded & _OPTIONAL if getattr(routing, name) is None]
             if missing:
                 raise RunError(f"layer {layer['layer']} came without {', '.join(sorted(missing))}, to be recorded")
-            encoded.append(_encode(routing, layer, self.recorded, block.tokens, n))
+            encoded.append(_encode(routing, layer, after or layer, recorded, block.tokens, n))
         if "profiles" in self.recorded:
             self.profiles += _profiles(block, self.layers)
         self.sequences += [_sequence_row(self.run, row) for row in block.sequences]
@@ -116,27 +121,34 @@ class Transaction:
         tokens = {name: np.concatenate([block[name] for block in self.tokens]) for name in self.tokens[0]}
         seq, pos = (pa.array(tokens[name].astype(np.int32, copy=False)) for name in ("seq", "pos"))
         nll = tokens["nll"].astype(np.float32, copy=False)
-        table = pa.table(
-            {
-                "seq": seq,
-                "pos": pos,
-                "token_id": tokens["token_id"].astype(np.int32, copy=False),
-                "phase": pa.DictionaryArray.from_arrays(pa.array(tokens["phase"].astype(np.int8)), pa.array(PHASES)),
-                "nll": pa.array(nll, mask=np.isnan(nll)),
-            }
-        )
-        _insert(con, "tokens", self.run, table)
+        columns = {
+            "seq": seq,
+            "pos": pos,
+            "token_id": pa.array(tokens["token_id"].astype(np.int32, copy=False)),
+            "phase": pa.DictionaryArray.from_arrays(pa.array(tokens["phase"].astype(np.int8)), pa.array(PHASES)),
+            "nll": pa.array(nll, mask=np.isnan(nll)),
+        }
+        if "predictions" in self.recorded:
+            columns["predicted"] = pa.array(tokens["predicted"].astype(np.int32, copy=False))
+        _insert(con, "tokens", self.run, pa.table(columns))
         if self.n_tokens:
-            batches = [_rows(layer, seq, pos, blocks) for layer, blocks in enumerate(self.routing)]
-            _insert(con, "routing", self.run, pa.Table.from_batches(batches))
+            layers = [_rows(layer, seq, pos, blocks) for layer, blocks in enumerate(self.routing)]
+            # The last layer of a stack has no column `lookahead`: nulls stand for it.
+            _insert(con, "routing", self.run, pa.concat_tables(layers, promote_options="default"))
         if self.profiles:
             rows = [{"seq": seq, "layer": layer, "probs": probs} for seq, layer, probs in self.profiles]
             kinds = pa.schema([("seq", pa.int32()), ("layer", pa.uint16()), ("probs", pa.list_(pa.float32()))])
             _insert(con, "profiles", self.run, pa.Table.from_pylist(rows, schema=kinds))
 
 
-_OPTIONAL = frozenset(("weights", "entropy", "margin", "logits", "norms"))
-_LISTS = {"experts": np.uint16, "weights": np.uint16, "logits": np.float32, "norms": np.float32}
+_OPTIONAL = frozenset(("weights", "entropy", "margin", "logits", "norms", "shift", "lookahead"))
+# The lists of the table `routing`, and whose lengths theirs are.
+_LISTS = {"experts": "experts", "weights": "experts", "norms": "experts", "logits": "logits", "lookahead": "lookahead"}
+
+
+def _after(layers: list[dict[str, Any]], layer: dict[str, Any]) -> dict[str, Any] | None:
+    """The next layer of the same stack."""
+    return next((row for row in layers[layer["layer"] + 1 :] if row["stack"] == layer["stack"]), None)
 
 
 def _check_tokens(block: Block) -> int:
@@ -155,27 +167,35 @@ def _check_tokens(block: Block) -> int:
 
 
 def _encode(
-    routing: Routing, layer: Mapping[str, Any], recorded: frozenset[str], tokens: Mapping[str, np.ndarray], n: int
+    routing: Routing,
+    layer: Mapping[str, Any],
+    after: Mapping[str, Any],
+    recorded: frozenset[str],
+    tokens: Mapping[str, np.ndarray],
+    n: int,
 ) -> dict[str, np.ndarray]:
-    """The columns of one layer: lists as flat values, `counts` int32 (n,) of them a row."""
+    """The columns of one layer: lists as flat values, their lengths beside them as `NAME lengths`, int32 (n,)."""
 
     def where(rows: Any) -> str:
         row = int(np.argmax(rows))
         return f"layer {layer['layer']} ({layer['name']}), sequence {tokens['seq'][row]}, position {tokens['pos'][row]}"
 
-    experts = np.ascontiguousarray(routing.experts, dtype=np.uint16)
-    if experts.ndim != 2 or len(experts) != n or experts.shape[1] > layer["top_k"]:
-        raise RunError(
-            f"layer {layer['layer']}: experts of shape {experts.shape}; expected {n} tokens, top-{layer['top_k']}"
-        )
-    used = None  # bool (n, k) if some places are empty
-    if experts.size and experts.max() >= layer["n_experts"]:
-        used = experts != NO_EXPERT
-        bad = used & (experts >= layer["n_experts"])
-        if bad.any():
-            raise RunError(f"expert id {experts[bad][0]} of {layer['n_experts']} experts: {where(bad.any(axis=1))}")
-    counts = np.full(n, experts.shape[1], dtype=np.int32) if used is None else used.sum(axis=1, dtype=np.int32)
-    columns = {"counts": counts, "experts": _flat(experts, used)}
+    def ids_of(name: str, layer: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]:
+        ids = np.ascontiguousarray(getattr(routing, name), dtype=np.uint16)
+        if ids.ndim != 2 or len(ids) != n or ids.shape[1] > layer["top_k"]:
+            raise RunError(
+                f"layer {layer['layer']}: {name} of shape {ids.shape}; expected {n} tokens, top-{layer['top_k']}"
+            )
+        used = None  # bool (n, k) if some places are empty
+        if ids.size and ids.max() >= layer["n_experts"]:
+            used = ids != NO_EXPERT
+            bad = used & (ids >= layer["n_experts"])
+            if bad.any():
+                raise RunError(f"expert id {ids[bad][0]} of {layer['n_experts']} experts: {where(bad.any(axis=1))}")
+        lengths = np.full(n, ids.shape[1], dtype=np.int32) if used is None else used.sum(axis=1, dtype=np.int32)
+        return ids, used, {name: _flat(ids, used), f"{name} lengths": lengths}
+
+    experts, used, columns = ids_of("experts", layer)
     if "weights" in recorded and routing.weights is not None:
         weights = np.asarray(routing.weights, dtype=np.float32)
         if weights.shape != experts.shape:
@@ -188,13 +208,16 @@ def _encode(
             raise RunError(f"weight {weights[~good][0]} is not a finite number >= 0: {where(~good.all(axis=1))}")
         fixed, columns["scale"] = to_fixed(weights)
         columns["weights"] = _flat(fixed, used)
-    for name in ("entropy", "margin"):
+    for name in ("entropy", "margin", "shift"):
         if name in recorded:
             columns[name] = np.asarray(getattr(routing, name), dtype=np.float32)
     if "norms" in recorded:
         columns["norms"] = _flat(np.asarray(routing.norms, dtype=np.float32), used)
     if "logits" in recorded:
         columns["logits"] = np.asarray(routing.logits, dtype=np.float32).reshape(n * layer["n_experts"])
+        columns["logits lengths"] = np.full(n, layer["n_experts"], dtype=np.int32)
+    if "lookahead" in recorded:
+        columns |= ids_of("lookahead", after)[2]
     return columns
 
 
@@ -235,20 +258,19 @@ def _profiles(block: Block, layers: list[dict[str, Any]]) -> list[tuple[int, int
     return found
 
 
-def _rows(layer: int, seq: pa.Array, pos: pa.Array, blocks: list[dict[str, np.ndarray]]) -> pa.RecordBatch:
+def _rows(layer: int, seq: pa.Array, pos: pa.Array, blocks: list[dict[str, np.ndarray]]) -> pa.Table:
     """One layer of the table `routing`, in the order of the tokens."""
     n = len(seq)
     columns = {"seq": seq, "pos": pos, "layer": pa.array(np.full(n, layer, dtype=np.uint16))}
     joined = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    counts = joined.pop("counts")
+    lengths = {name: joined.pop(f"{name} lengths") for name in _LISTS if f"{name} lengths" in joined}
+    offsets = {name: np.append(np.int32(0), np.cumsum(sizes, dtype=np.int32)) for name, sizes in lengths.items()}
     for name, values in joined.items():
         if name in _LISTS:
-            per_row = np.full(n, len(values) // n, dtype=np.int32) if name == "logits" else counts
-            offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(per_row, dtype=np.int32)])
-            columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+            columns[name] = pa.ListArray.from_arrays(pa.array(offsets[_LISTS[name]]), pa.array(values))
         else:
             columns[name] = pa.array(values, mask=np.isnan(values))
-    return pa.RecordBatch.from_pydict(columns)
+    return pa.table(columns)
 
 
 def _sequence_row(run: str, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,15 @@ COLUMNS = ("severity", "check", "run", "layer", "seq", "pos", "rows", "message")
 
 @dataclass(frozen=True)
 class Check:
-    """One invariant. `sql` selects the rows that break it, as seq, pos, layer (NULL where it has none) and message."""
+    """One invariant. `sql` selects the rows that break it, as seq, pos, layer (NULL where it has none) and message.
+
+    since  the first format that has the columns it looks at
+    """
 
     name: str
     sql: str
     severity: str = "error"
+    since: int = 1
 
 
 def validate(path: str | os.PathLike, run: str | None = None) -> pd.DataFrame:
@@ -33,10 +37,11 @@ def validate(path: str | os.PathLike, run: str | None = None) -> pd.DataFrame:
     """
     found: list[tuple] = []
     with schema.reading(path) as con:
+        version = schema.version_of(con)
         names = [row["run"] for row in schema.runs(con)] if run is None else [schema.find_run(con, path, run)]
         for name in dict.fromkeys(names):
             for check in CHECKS:
-                found += _broken(con, check, name)
+                found += _broken(con, check, name) if check.since <= version else []
         if run is None:
             found += _broken(con, _ORPHANS, None)
     frame = pd.DataFrame(found, columns=list(COLUMNS))
@@ -87,14 +92,14 @@ def _of_sequence(name: str, condition: str, message: str) -> Check:
     return Check(name, f"SELECT {row}, {message} AS message FROM s WHERE {condition}")
 
 
-def _of_token(name: str, condition: str, message: str, severity: str = "error") -> Check:
-    return Check(name, f"SELECT seq, pos, NULL::INTEGER AS layer, {message} AS message FROM {condition}", severity)
+def _of_token(name: str, condition: str, message: str, severity: str = "error", since: int = 1) -> Check:
+    query = f"SELECT seq, pos, NULL::INTEGER AS layer, {message} AS message FROM {condition}"
+    return Check(name, query, severity, since)
 
 
-def _of_routing(name: str, condition: str, message: str) -> Check:
-    return Check(
-        name, f"SELECT x.seq, x.pos, x.layer, {message} AS message FROM x JOIN l USING (layer) WHERE {condition}"
-    )
+def _of_routing(name: str, condition: str, message: str, layers: str = "l", since: int = 1) -> Check:
+    query = f"SELECT x.seq, x.pos, x.layer, {message} AS message FROM x JOIN {layers} USING (layer) WHERE {condition}"
+    return Check(name, query, since=since)
 
 
 def _recorded(name: str) -> str:
@@ -141,9 +146,19 @@ def _one_row_each(table: str, keys: str, per: str) -> str:
             WHERE n IS NULL OR n <> 1 OR wanted IS NULL)"""
 
 
-def _maybe_repeated(modulus: int) -> str:
-    """Whether ids of a list agree modulo 64 or less, from the bits that are set: a cheap test before an exact one."""
-    return f"bit_count(list_bit_xor(list_transform(experts, lambda e: 1::UBIGINT << (e % {modulus})))) < len(experts)"
+def _repeated(ids: str) -> str:
+    """Whether a list holds an id twice; ids that agree modulo 64 or less show in the bits that are set, cheaply."""
+
+    def maybe(modulus: int) -> str:
+        return f"bit_count(list_bit_xor(list_transform({ids}, lambda e: 1::UBIGINT << (e % {modulus})))) < len({ids})"
+
+    return f"{maybe(64)} AND {maybe(61)} AND list_unique({ids}) < len({ids})"
+
+
+# Layers with what comes after them in their stack.
+_WITH_NEXT = """(
+    SELECT layer, lead(top_k) OVER stack_order AS next_k, lead(n_experts) OVER stack_order AS next_experts
+    FROM l WINDOW stack_order AS (PARTITION BY stack ORDER BY layer))"""
 
 
 CHECKS = (
@@ -227,6 +242,15 @@ CHECKS = (
         "format('phase is {} at a position {} n_prompt', phase::VARCHAR, if(pos < n_prompt, 'below', 'from'))",
     ),
     _of_token("nll", "t WHERE nll < 0 OR NOT isfinite(nll)", "format('nll is {}; expected >= 0 or null', nll)"),
+    _of_token(
+        "predicted",
+        f"""t WHERE predicted < {schema.UNKNOWN_TOKEN} OR (predicted IS NULL) = {_recorded("predictions")}
+            OR (predicted <> {schema.UNKNOWN_TOKEN} AND EXISTS (FROM v)
+                AND predicted NOT IN (SELECT token_id FROM v WHERE token_id IS NOT NULL))""",
+        "format('predicted is {}; expected an id of the vocabulary, -1 where unknown, null where not recorded', "
+        "coalesce(predicted::VARCHAR, 'null'))",
+        since=2,
+    ),
     # routing
     Check(
         "routing_layer",
@@ -251,7 +275,7 @@ CHECKS = (
     ),
     _of_routing(
         "experts_distinct",
-        f"{_maybe_repeated(64)} AND {_maybe_repeated(61)} AND list_unique(experts) < len(experts)",
+        _repeated("experts"),
         "format('experts is {}; expected distinct ids', experts)",
     ),
     _of_routing(
@@ -288,6 +312,22 @@ CHECKS = (
              OR list_bool_or(list_transform(norms, lambda z: NOT isfinite(z) OR z < 0)))
             AND (norms IS NOT NULL OR {_recorded("norms")})""",
         "format('norms is {}; expected {} finite numbers >= 0', norms, len(experts))",
+    ),
+    _of_routing(
+        "shift",
+        f"coalesce(shift < 0 OR shift > 2.001 OR NOT isfinite(shift), {_recorded('shift')})",
+        "format('shift is {}; expected 0 to 2', coalesce(shift::VARCHAR, 'null'))",
+        since=2,
+    ),
+    _of_routing(
+        "lookahead",
+        f"""(lookahead IS NULL) = (next_k IS NOT NULL AND {_recorded("lookahead")})
+            OR coalesce(len(lookahead) > next_k OR list_max(lookahead) >= next_experts, false)
+            OR ({_repeated("lookahead")})""",
+        """format('lookahead is {}; expected {}', coalesce(lookahead::VARCHAR, 'null'), coalesce(
+            format('at most {} distinct ids below {}', next_k, next_experts), 'null in the last layer of a stack'))""",
+        layers=_WITH_NEXT,
+        since=2,
     ),
     Check("layer_empty", _whole_layers("longest = 0", "'no token has an expert in this layer'")),
     Check("layer_zero", _whole_layers("longest > 0 AND heaviest = 0", "'every weight of this layer is 0'")),
