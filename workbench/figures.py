@@ -278,6 +278,20 @@ def amount_scale(result: go.Figure, title: str, low: float | None = None, high: 
     result.update_layout(coloraxis={"colorscale": SEQUENTIAL, "cmin": low, "cmax": high, "colorbar": bar})
 
 
+def differences(
+    difference: np.ndarray, x: Sequence, y: Sequence[str], *, hover: str, details: np.ndarray, panel: int = 0
+) -> go.Heatmap:
+    """A heatmap of differences around 0 (white) on the scale of `difference_scale`; NaN stays empty."""
+    return amounts(difference, x, y, hover=hover, details=details, panel=panel)
+
+
+def difference_scale(result: go.Figure, title: str, reach: float) -> None:
+    """Add the colour scale of `differences`: blue at -reach, red at reach."""
+    reach = reach if reach > 0 else 1.0
+    amount_scale(result, title, -reach, reach)
+    result.update_layout(coloraxis={"colorscale": DIVERGING})
+
+
 def spread(layers: Iterable[int], most: int) -> list[int]:
     """At most so many of the layers, evenly spread, first and last among them: those that a figure has room for."""
     known = sorted(set(layers))

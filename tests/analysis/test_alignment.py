@@ -9,40 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from routed import random_trace, with_profiles, write
+from translations import divergence, entropy, parallel, translated
 
 from workbench import analysis
-from workbench.analysis.alignment import mismatch, normalised_divergence
+from workbench.analysis.alignment import mismatch
+from workbench.analysis.parallel import normalised_divergence
 from workbench.errors import InputError
 
 QUICK = {"n_resamples": 100}
-
-
-def entropy(p) -> float:
-    return -sum(x * math.log(x) for x in p if x > 0)
-
-
-def divergence(p, q) -> float:
-    middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
-    half = (entropy(p) + entropy(q)) / 2
-    room = math.log(len(p)) - half
-    return (entropy(middle) - half) / room if room > 1e-6 else math.nan
-
-
-def parallel(random, n_texts=6, languages=("en", "de", "fr"), n_layers=3, n_experts=5, missing=()):
-    """Profiles (one a layer) and sequences of parallel texts; `missing` are (text, language) that don't exist."""
-    rows = [
-        {"lang": lang, "segment_id": f"s{text}", "source": f"c{text % 2}"}
-        for text in range(n_texts)
-        for lang in languages
-        if (text, lang) not in missing
-    ]
-    profiles = [random.dirichlet(np.ones(n_experts), len(rows)) for _ in range(n_layers)]
-    return pd.DataFrame(rows), profiles
-
-
-def translated(n_texts, languages) -> pd.DataFrame:
-    rows = [{"lang": lang, "segment_id": f"s{t}", "source": "c"} for t in range(n_texts) for lang in languages]
-    return pd.DataFrame(rows)
 
 
 def test_alignment_against_loop(tmp_path):
@@ -113,6 +87,8 @@ def test_divergence_laws(p, q):
 
 def test_extremes_of_divergence():
     assert direct(np.array([1.0, 0]), np.array([0, 1.0])) == pytest.approx(1)
+    assert direct(np.array([0.5, 0.5, 0, 0]), np.array([0, 0, 0.5, 0.5])) == pytest.approx(1)
+    assert direct(np.array([1.0, 0, 0, 0]), np.array([0, 1.0, 0, 0])) == pytest.approx(0.5)  # log 2 / log 4
     assert math.isnan(direct(np.full(4, 0.25), np.full(4, 0.25)))
     assert math.isnan(direct(np.array([1.0]), np.array([1.0])))
 
@@ -209,4 +185,4 @@ def test_many_languages_get_a_panel_each(tmp_path):
     sequences, profiles = parallel(random, n_texts=3, languages=languages)
     trace = with_profiles(tmp_path / "t.duckdb", profiles, sequences, [2] * len(sequences))
     figure = analysis.find("alignment")[1](analysis.alignment(trace, **QUICK))
-    assert len({one.xaxis for one in figure.data}) == 12
+    assert len({one["xaxis"] for one in figure.data}) == 12

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from routed import Routed, full_trace, random_trace, write
 
-from workbench.analysis.cache import WHOLE, cache
+from workbench.analysis.cache import cache
 from workbench.analysis.cache_speed import cache_speed, figure, findings
 from workbench.errors import InputError
 
@@ -25,7 +25,7 @@ def test_against_formula(routed, overlap, compute_ms):
         n_resamples=20, **SIZE,
     )  # fmt: skip
     rates = cache(routed.trace, policies=("static-held-out", "lru", "window", "belady"), n_resamples=20)
-    rates = rates[rates["layer"] == WHOLE].set_index(["policy", "capacity"])
+    rates = rates[rates["layer"].isna()].set_index(["policy", "capacity"])
     n_tokens = len(routed.seq)
 
     def tokens_per_second(loads: float, accesses: float) -> float:

@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-from routed import Routed, full_trace, random_trace, write
+from routed import WHOLE, Routed, full_trace, numbered, random_trace, write
 
-from workbench.analysis.cache import WHOLE, cache
+from workbench.analysis.cache import cache
 from workbench.analysis.hit_rates import halves
 from workbench.analysis.prefetch import figure, findings, prefetch
 from workbench.errors import InputError
@@ -88,7 +88,7 @@ def expected(experts: np.ndarray, layer: int, named: list, budget: int, capacity
 def test_against_loop(routed, predictor):
     frame = prefetch(routed.trace, ratios=(0.5, 1.0, 2.0), capacity=3, n_resamples=20, seed=4)
     unit = np.arange(10) // 2
-    part = frame[frame["predictor"] == predictor].set_index(["layer", "ratio"])
+    part = numbered(frame[frame["predictor"] == predictor]).set_index(["layer", "ratio"])
     total = {budget: np.zeros(3) for budget in (1, 2, 4)}
     for layer in range(1 if predictor == "affinity" else 0, 3):
         named = name_all(routed.experts, routed.seq, unit, layer, predictor, 4)
@@ -116,7 +116,7 @@ def test_lookahead_against_loop(ahead):
     trace, experts, guesses, seq = ahead
     frame = prefetch(trace, ratios=(0.5, 1.0, 2.0), n_resamples=20)
     assert list(dict.fromkeys(frame["predictor"])) == ["previous", "frequent", "lookahead", "affinity"]
-    part = frame[frame["predictor"] == "lookahead"].set_index(["layer", "ratio"])
+    part = numbered(frame[frame["predictor"] == "lookahead"]).set_index(["layer", "ratio"])
     assert set(part.index) == {(layer, ratio) for layer in (1, 2, WHOLE) for ratio in (0.5, 1.0)}  # no more than k
     for layer in (1, 2):
         named = [list(map(int, row)) for row in guesses[layer - 1]]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.analysis import resampling
-from workbench.analysis.resampling import bootstrap_sums, draws, interval, permuted_sums, q_values
+from workbench.analysis.resampling import bootstrap_sums, draws, interval, permuted_sums, q_values, text_interval
 
 
 def test_draws_are_resamples_and_reproducible(monkeypatch):
@@ -53,6 +53,14 @@ def test_interval():
     assert interval(np.array([np.nan, 1, 1, np.nan])) == (1, 1)
     assert np.isnan(interval(np.full((5, 2), np.nan))).all()
     assert np.isnan(interval(np.empty((0, 2)))).all()
+
+
+def test_a_single_text_has_no_interval():
+    values = np.random.default_rng(0).normal(size=(50, 3, 2))
+    low, high = text_interval(values, np.array([5, 1, 2]))
+    assert np.isnan(low[1]).all() and np.isnan(high[1]).all()
+    assert np.array_equal(low[[0, 2]], interval(values)[0][[0, 2]])
+    assert np.isnan(text_interval(values, 1)).all() and np.isfinite(text_interval(values[:, 0, 0], 2)).all()
 
 
 @settings(max_examples=25, deadline=None)

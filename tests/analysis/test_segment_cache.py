@@ -4,9 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from one_cache import brute
-from routed import Routed, full_trace, random_trace, write
+from routed import WHOLE, Routed, full_trace, numbered, random_trace, write
 
-from workbench.analysis.cache import WHOLE
 from workbench.analysis.segment_cache import figure, findings, segment_cache
 from workbench.errors import InputError
 
@@ -52,7 +51,7 @@ def test_compatible_count_is_that_of_the_published_scripts(tmp_path):
 def test_against_loop(routed, access):
     ratios = (0.5, 1.0, 1.5, 3.0, 9.0)
     frame = segment_cache(routed.trace, windows=(2, 5), ratios=ratios, access=access, n_resamples=30)
-    places = frame.set_index(["layer", "policy", "count", "ratio"])
+    places = numbered(frame).set_index(["layer", "policy", "count", "ratio"])
     for policy, name, span in (("sch-2", "lookahead", 2), ("sch-5", "lookahead", 5), ("lfu", "lfu", 1)):
         for ratio, capacity in zip(ratios, (1, 2, 3, 6, 7), strict=True):
             total = {"honest": 0, "compatible": 0}
@@ -115,7 +114,7 @@ def test_longer_windows_than_texts_and_layers_of_different_size(tmp_path):
     frame = segment_cache(trace, windows=(5, 1000), ratios=(1.0, 5.0), n_resamples=5)
     hits = frame.set_index(["policy", "layer", "ratio", "count"])["hits"]
     assert hits["sch-5"].equals(hits["sch-1000"])
-    assert frame[frame["layer"] == WHOLE].set_index("ratio")["capacity"].to_dict() == {1.0: 3, 5.0: 8}
+    assert frame[frame["layer"].isna()].set_index("ratio")["capacity"].to_dict() == {1.0: 3, 5.0: 8}
     figure(frame)
 
 

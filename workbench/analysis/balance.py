@@ -18,7 +18,7 @@ from plotly.graph_objects import Figure
 
 from workbench import figures
 from workbench.analysis.counting import count, entropy, shares, sizes, sort_into_cells, sum_by
-from workbench.analysis.resampling import bootstrap_sums, interval
+from workbench.analysis.resampling import bootstrap_sums, text_interval
 from workbench.tracefile import Trace
 
 MEASURES = {
@@ -49,9 +49,7 @@ def balance(
         values = measure(sum_by(rows, cells.group, n_groups), dead_below)
         resampled = measure(bootstrap_sums(rows, cells.text, cells.group, n_groups, n_resamples, seed), dead_below)
         for name, value in values.items():
-            low, high = interval(resampled[name], value)
-            single = cells.n_texts < 2
-            low[single], high[single] = np.nan, np.nan
+            low, high = text_interval(resampled[name], cells.n_texts, value)
             tables.append(
                 pd.DataFrame(
                     {

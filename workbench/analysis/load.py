@@ -12,7 +12,7 @@ from plotly.graph_objects import Figure
 
 from workbench import figures
 from workbench.analysis.counting import count, shares, sizes, sort_into_cells, sum_by
-from workbench.analysis.resampling import bootstrap_sums, interval
+from workbench.analysis.resampling import bootstrap_sums, text_interval
 from workbench.tracefile import Trace
 
 
@@ -34,9 +34,7 @@ def load(trace: Trace, by: str | None = None, *, n_resamples: int = 1000, seed: 
         rows = count(trace, layer, cells)
         counts = sum_by(rows, cells.group, n_groups)
         resampled = bootstrap_sums(rows, cells.text, cells.group, n_groups, n_resamples, seed)
-        low, high = interval(shares(resampled))
-        single = cells.n_texts < 2
-        low[single], high[single] = np.nan, np.nan
+        low, high = text_interval(shares(resampled), cells.n_texts)
         n_experts = rows.shape[1]
         share = shares(counts)
         tables.append(

@@ -20,8 +20,8 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from workbench import figures
-from workbench.analysis.counting import count, entropy, need_two_groups, sort_into_cells, sum_by
-from workbench.analysis.resampling import bootstrap_sums, interval, permuted_sums
+from workbench.analysis.counting import cells_to_compare, count, entropy, sum_by
+from workbench.analysis.resampling import bootstrap_sums, permuted_sums, text_interval
 from workbench.tracefile import Trace
 
 TIE = 1e-12
@@ -46,8 +46,7 @@ def mutual_information(
     null_high, excess, p; label_entropy (nats); n_groups, n_experts, n_tokens, n_sequences, n_texts, n_unlabelled
     (sequences left out for want of a label). Values are NaN for a layer without assignments.
     """
-    cells = sort_into_cells(trace, by, within)
-    need_two_groups(cells, by, within)
+    cells = cells_to_compare(trace, by, within)
     n_groups = len(cells.labels)
     n_texts = int(cells.text.max(initial=-1)) + 1
     table = []
@@ -55,9 +54,8 @@ def mutual_information(
         rows = count(trace, layer, cells)
         counts = sum_by(rows, cells.group, n_groups)
         value = float(nats(counts))
-        low, high = interval(
-            nats(bootstrap_sums(rows, cells.text, cells.group, n_groups, n_resamples, seed)), np.array(value)
-        )
+        resampled = nats(bootstrap_sums(rows, cells.text, cells.group, n_groups, n_resamples, seed))
+        low, high = text_interval(resampled, n_texts, np.array(value))
         chance = [
             nats(permuted)
             for permuted in permuted_sums(rows, cells.group, n_groups, n_permutations, seed, cells.strata)
@@ -71,8 +69,8 @@ def mutual_information(
                 "within": within,
                 "layer": layer,
                 "mutual_information": value,
-                "low": max(float(low), 0) if n_texts > 1 else np.nan,
-                "high": float(high) if n_texts > 1 else np.nan,
+                "low": float(np.maximum(low, 0)),
+                "high": float(high),
                 "normalised": value / label_entropy if label_entropy > 0 else np.nan,
                 "null_mean": null.mean() if known else np.nan,
                 "null_high": np.percentile(null, 95) if known else np.nan,

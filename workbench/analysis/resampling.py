@@ -75,6 +75,16 @@ def interval(resampled: np.ndarray, value: np.ndarray | None = None) -> tuple[np
     return low + (value - mean), high + (value - mean)
 
 
+def text_interval(
+    resampled: np.ndarray, n_texts: np.ndarray | int, value: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`interval`, NaN where there is a single text, so nothing to resample: n_texts has the first axes of a value."""
+    low, high = interval(resampled, value)
+    single = np.asarray(n_texts) < 2
+    single = single.reshape(single.shape + (1,) * (np.ndim(low) - single.ndim))
+    return np.where(single, np.nan, low), np.where(single, np.nan, high)
+
+
 def permuted_sums(
     rows: np.ndarray, group: np.ndarray, n_groups: int, n_permutations: int, seed: int, strata: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:

@@ -20,8 +20,8 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from workbench import figures
-from workbench.analysis.counting import count, need_two_groups, shares, sizes, sort_into_cells, sum_by
-from workbench.analysis.resampling import bootstrap_sums, interval, permuted_sums, q_values
+from workbench.analysis.counting import cells_to_compare, count, shares, sizes, sum_by
+from workbench.analysis.resampling import bootstrap_sums, permuted_sums, q_values, text_interval
 from workbench.tracefile import Trace
 
 SIGNIFICANT = 0.05
@@ -51,8 +51,7 @@ def specialization(
     label. NaN: share where the group has no assignment in the layer, interval where the group is a single text, p where
     chance can't move the share (nothing to permute, or only one expert).
     """
-    cells = sort_into_cells(trace, by, within)
-    need_two_groups(cells, by, within)
+    cells = cells_to_compare(trace, by, within)
     n_groups = len(cells.labels)
     tables = []
     for layer in range(trace.n_layers):
@@ -61,9 +60,8 @@ def specialization(
         counts = sum_by(rows, cells.group, n_groups)
         share = shares(counts)
         overall = shares(counts.sum(axis=0))
-        low, high = interval(shares(bootstrap_sums(rows, cells.text, cells.group, n_groups, n_resamples, seed)))
-        single = cells.n_texts < 2
-        low[single], high[single] = np.nan, np.nan
+        resampled = bootstrap_sums(rows, cells.text, cells.group, n_groups, n_resamples, seed)
+        low, high = text_interval(shares(resampled), cells.n_texts)
 
         above, below = np.zeros(share.shape), np.zeros(share.shape)
         for permuted in permuted_sums(rows, cells.group, n_groups, n_permutations, seed, cells.strata):

@@ -14,7 +14,7 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from workbench import figures
-from workbench.analysis.alignment import (
+from workbench.analysis.parallel import (
     POOLED,
     align,
     average,
@@ -48,7 +48,7 @@ def u_shape(
     measure = choose_measure(trace, measure)
     if trace.n_layers < 3:
         raise InputError(f"a U-shape takes at least three MoE layers; this model has {trace.n_layers}.")
-    aligned = align(trace, reference, by)
+    aligned = align(trace, by, reference)
     values = np.stack(
         [divergences(text_profiles(trace, layer, aligned, measure), aligned.cells) for layer in range(trace.n_layers)]
     )
@@ -61,7 +61,7 @@ def u_shape(
         {
             "measure": measure,
             "reference": reference,
-            "lang": [*aligned.languages, POOLED],
+            "lang": [*aligned.languages[1:], POOLED],
             "first": point[0],
             "middle": point[1],
             "last": point[2],
