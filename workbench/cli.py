@@ -3,19 +3,18 @@
 Nothing heavy is imported before a command runs, so that `workbench --help` answers at once.
 """
 
+import inspect
 import json
 import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from workbench.errors import InputError
-
-if TYPE_CHECKING:
-    import pandas as pd
+from workbench.printing import listing, print_table, show
 
 app = typer.Typer(
     name="workbench",
@@ -37,9 +36,26 @@ class BadRows(Enum):
     skip = "skip"
 
 
+class Placement(Enum):
+    table = "table"
+    vllm = "vllm"
+    sglang = "sglang"
+
+
+class Likeness(Enum):
+    neurons = "neurons"
+    router = "router"
+
+
+class RouterRow(Enum):
+    dominant = "dominant"
+    mean = "mean"
+
+
 class Benchmark(Enum):
     trace = "trace"
     store = "store"
+    analysis = "analysis"
 
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A trace: the DuckDB file that `workbench trace` wrote.")]
@@ -62,7 +78,10 @@ def trace(
     ] = None,
     out: Annotated[Path, typer.Option(help="The DuckDB file to write.")] = Path("trace.duckdb"),
     record: Annotated[
-        str, typer.Option(help="Comma-separated: ids, weights, entropy, margin, logits, norms, profiles.")
+        str,
+        typer.Option(
+            help="Comma-separated, of: ids weights entropy margin logits norms profiles shift lookahead predictions."
+        ),
     ] = "ids,weights",
     run: Annotated[
         str | None, typer.Option(help="Name of the run inside the file. [default: model and corpora]")
@@ -80,7 +99,7 @@ def trace(
     ),
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16 or int8.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.")] = False,
     append: Annotated[bool, typer.Option("--append", help="Add a run to an existing file.")] = False,
     overwrite: Overwrite = False,
@@ -132,7 +151,7 @@ def info(file: File, as_json: Json = False) -> None:
     from workbench.tracefile import info as describe
 
     facts = describe(file)
-    print(json.dumps(facts, indent=2, default=str) if as_json else _listing(facts))
+    print(json.dumps(facts, indent=2, default=str) if as_json else listing(facts))
 
 
 @app.command()
@@ -142,11 +161,11 @@ def validate(file: File, run: Run = None, as_json: Json = False) -> None:
 
     problems = check(file, run)
     if as_json:
-        _show(problems, as_json)
+        show(problems, as_json)
     elif problems.empty:
         print(f"{file}: no problems")
     else:
-        _print_table(problems)
+        print_table(problems)
     if "error" in set(problems["severity"]):
         raise typer.Exit(1)
 
@@ -164,7 +183,7 @@ def models(
 
         table = families()
         if as_json:
-            _show(table, as_json)
+            show(table, as_json)
         for row in [] if as_json else table.to_dict("records"):
             print(f"{row['family']:<22} {row['gating'] if row['traced'] else 'refused'}")
             if row["note"]:
@@ -178,7 +197,7 @@ def models(
     else:
         routers = facts.pop("layers")
         facts = {name: value for name, value in facts.items() if value != ""}
-        print(_listing({"model": facts.pop("model"), "routers": len(routers), **facts}), end="\n\n")
+        print(listing({"model": facts.pop("model"), "routers": len(routers), **facts}), end="\n\n")
         for row in routers:
             shared = f" + {row['n_shared']} shared" if row["n_shared"] else ""
             size = f"top-{row['top_k']} of {row['n_experts']}{shared}"
@@ -187,10 +206,17 @@ def models(
 
 @app.command()
 def analyze(
-    metric: Annotated[str, typer.Argument(help="load, mutual_information, specialization, alignment, …")],
+    metric: Annotated[
+        str | None, typer.Argument(metavar="METRIC", help="Which analysis; without one, the list of them.")
+    ] = None,
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A trace; a model's name for analyses of the model itself.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="FILE",
+            help="A trace, or the name of a model for an analysis of the model itself; without it, the definition of "
+            "the metric and its options.",
+        ),
+    ] = None,
     by: Annotated[
         str | None, typer.Option(help="Group by this column: lang, domain, source, … or any metadata.")
     ] = None,
@@ -209,9 +235,17 @@ def analyze(
     from workbench.figures import FORMATS, save
     from workbench.tracefile import Trace
 
+    if metric is None:
+        print("\n".join(f"{name:<20} {analysis.question(name)}" for name in analysis.NAMES))
+        return
+    ask, draw = analysis.find(metric)
+    if file is None:
+        options = list(inspect.signature(ask).parameters.values())[1:]
+        said = "\n".join(f"    {option}" for option in options)
+        print((analysis.file(metric).__doc__ or "").strip(), inspect.getdoc(ask), f"Options:\n{said}", sep="\n\n")
+        return
     _check_output(out, (".csv", ".parquet", ".tex"), overwrite)  # before the analysis takes its time
     _check_output(figure, FORMATS, overwrite)
-    ask, draw = analysis.find(metric)
     arguments = dict(_pair(pair, "--set", "reference=de") for pair in option or [])
     if by is not None:
         arguments["by"] = by
@@ -219,6 +253,8 @@ def analyze(
     if analysis.subject(ask) == "model":
         from workbench.models import load
 
+        if run is not None:
+            raise InputError(f"--run {run!r}: {metric} looks at a model, {file!r}, and takes no run of a trace.")
         table = ask(load(file), **options)
     else:
         table = ask(Trace(file, run), **options)
@@ -227,7 +263,7 @@ def analyze(
     if figure is not None:
         save(draw(table), figure, overwrite=overwrite)
     if as_json or (out is None and figure is None):
-        _show(table, as_json)
+        show(table, as_json)
 
 
 @app.command()
@@ -274,7 +310,96 @@ def query(
     """Run SQL over a trace, read-only."""
     from workbench.tracefile import Trace
 
-    _show(Trace(file).sql(sql), as_json)
+    show(Trace(file).sql(sql), as_json)
+
+
+@app.command()
+def place(
+    file: File,
+    devices: Annotated[int, typer.Option(help="Devices to share the experts of every layer, equally.")],
+    out: Annotated[Path, typer.Option(help="The file to write: .json, or .csv and .parquet as a table.")],
+    form: Annotated[Placement, typer.Option("--format", help="What reads it.")] = Placement.table,
+    balance: Annotated[
+        float, typer.Option(help="What a straggler factor of 2 instead of 1 costs, in shares of transitions.")
+    ] = 1.0,
+    time_limit: Annotated[float, typer.Option(help="Seconds to search, about.")] = 60.0,
+    run: Run = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Place experts on devices so that tokens move little and devices are equally busy."""
+    from workbench.analysis.placement import assign
+    from workbench.placements import export_placement
+    from workbench.tracefile import Trace
+
+    _check_output(out, (".json", ".csv", ".parquet"), overwrite)
+    placed = assign(Trace(file, run), devices=devices, balance=balance, time_limit=time_limit)
+    export_placement(placed, out, form.value, overwrite=overwrite)
+    print(f"{out}: {len(placed):,} experts on {devices} devices")
+    print(f"next:  workbench analyze placement {file} --set devices={devices}   # against contiguous and random")
+
+
+Checkpoint = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a folder, `demo` or `demo-early`.")]
+Scores = Annotated[
+    Path, typer.Option(help="Table with layer, expert and a score: `workbench analyze importance FILE --out T.csv`.")
+]
+Score = Annotated[str, typer.Option(help="Its column that says how important an expert is.")]
+Keep = Annotated[int, typer.Option(help="Experts that each layer has afterwards.")]
+Folder = Annotated[Path, typer.Option(help="The folder to make, which plain `from_pretrained` loads.")]
+Losses = Annotated[
+    str | None, typer.Option(help="Also compare losses on this corpus: the original, the result, random choices.")
+]
+MaxTokens = Annotated[int, typer.Option(help="Tokens of that corpus.")]
+MaxLength = Annotated[int | None, typer.Option(help="Longest text of it in tokens; longer ones are cut.")]
+
+
+@app.command()
+def prune(
+    model: Checkpoint,
+    importance: Scores,
+    keep: Keep,
+    out: Folder,
+    score: Score = "frequency",
+    corpus: Losses = None,
+    max_tokens: MaxTokens = 20_000,
+    max_length: MaxLength = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a checkpoint with only the most important experts of each layer."""
+    from workbench.prune import prune as write
+
+    write(model, importance, keep, out, score=score, overwrite=overwrite)
+    _compare(model, out, keep, corpus, max_tokens, max_length)
+
+
+@app.command()
+def merge(
+    model: Checkpoint,
+    importance: Scores,
+    keep: Keep,
+    out: Folder,
+    score: Score = "frequency",
+    by: Annotated[Likeness, typer.Option(help="What makes an expert like the one that it joins.")] = Likeness.neurons,
+    router: Annotated[RouterRow, typer.Option(help="The router's row of a merged expert.")] = RouterRow.dominant,
+    corpus: Losses = None,
+    max_tokens: MaxTokens = 20_000,
+    max_length: MaxLength = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a checkpoint in which less important experts are merged into the most important ones of their layer."""
+    from workbench.merge import merge as write
+
+    write(model, importance, keep, out, score=score, by=by.value, router=router.value, overwrite=overwrite)
+    _compare(model, out, keep, corpus, max_tokens, max_length)
+
+
+def _compare(model: str, out: Path, keep: int, corpus: str | None, max_tokens: int, max_length: int | None) -> None:
+    print(f"{out}: {keep} experts a layer")
+    if corpus is None:
+        return
+    from workbench.losses import compare_losses
+
+    losses = compare_losses(model, {out.name: out}, corpus, max_tokens=max_tokens, max_length=max_length)
+    show(losses, as_json=False)
 
 
 @app.command()
@@ -310,38 +435,3 @@ def _pair(text: str, option: str, example: str) -> tuple[str, str]:
     if not equals or not name or not value:
         raise InputError(f"{option} {text!r}: expected NAME=VALUE, as in `{option} {example}`")
     return name, value
-
-
-def _show(table: "pd.DataFrame", as_json: bool) -> None:
-    if as_json:
-        print(table.to_json(orient="records", indent=2, force_ascii=False, date_format="iso"))
-    else:
-        _print_table(table)
-
-
-def _print_table(table: "pd.DataFrame", rows: int = 60) -> None:
-    """The first rows, unwrapped; control characters from a corpus can't reach the terminal."""
-    shown = table.head(rows).map(lambda cell: cell if isinstance(cell, int | float) else _plain(str(cell)))
-    print(shown.to_string(index=False, float_format=lambda number: f"{number:.4g}"))
-    if len(table) > rows:
-        print(f"… {len(table) - rows:,} more rows: write them with --out, or print all with --json")
-
-
-def _plain(text: str) -> str:
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _listing(facts: dict, indent: str = "") -> str:
-    """Nested facts as indented lines."""
-    lines = []
-    for name, value in facts.items():
-        title = name.replace("_", " ")
-        if isinstance(value, dict):
-            lines += [f"{indent}{title}", _listing(value, indent + "  ")]
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            lines.append(f"{indent}{title}")
-            lines += [_listing(one, indent + "  ") + "\n" for one in value]
-        else:
-            text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-            lines.append(f"{indent}{title:<20} {_plain(text)}")
-    return "\n".join(lines)

@@ -34,6 +34,8 @@ from workbench.validate import validate
 
 MOST_ROWS = 40
 """Rows of a table on the page; the whole table can be downloaded."""
+MOST_EMBEDDED = 10_000
+"""Rows of a table that can be downloaded from the page; larger ones would swell it, and are a command away."""
 
 DRAW = """
 const {figures, config} = JSON.parse(document.getElementById("figures").textContent);
@@ -107,26 +109,8 @@ def page(trace: Trace, out: Path) -> str:
 
 def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
     """What the report asks, in order."""
-    chosen = []
-    for by, noun, strata in (("lang", "language", "source"), ("domain", "domain", "lang")):
-        within = strata if varies(sequences, by, strata) else None
-        arguments = {"by": by, "within": within}
-        kept = f", labels shuffled within each {figures.noun(strata)}" if within else ""
-        chosen.append(
-            {
-                "id": f"{noun}s",
-                "title": f"{noun}s".capitalize(),
-                "lead": f"Does the choice of experts depend on the {noun} of a text, and which experts does each "
-                f"{noun} prefer? Blocks in the heatmap are specialists; white is what all texts together do.",
-                "questions": [
-                    Question("mutual_information", arguments, "How much, layer by layer"),
-                    Question(
-                        "specialization", arguments, "Which experts", strongest, f", the strongest preferences{kept}"
-                    ),
-                ],
-            }
-        )
-    chosen.append(
+    return [
+        *(labels(sequences, by, noun, strata) for by, noun, strata in LABELS),
         {
             "id": "translations",
             "title": "Translations",
@@ -135,21 +119,79 @@ def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
             "questions": [
                 Question("alignment", {}, "Divergence, layer by layer", pooled, ", the mean of all languages"),
                 Question("u_shape", {}, "Is the middle of the model more alike than its ends?"),
+                Question("language_distance", {}, "Every two languages", together, ", all layers together"),
+                Question("loss_correlation", {}, "Does divergence go with loss?"),
             ],
-        }
-    )
-    chosen.append(
+        },
+        {
+            "id": "tokens",
+            "title": "Tokens",
+            "lead": "What does a single token decide? Its id alone, and how sure the routers are of their choice.",
+            "questions": [
+                Question("vocabulary", {}, "How far the token id alone decides", favourites, ", the surest ids"),
+                Question("uncertainty", {}, "How sure the routers are, and whether it goes with the loss"),
+            ],
+        },
+        {
+            "id": "cache",
+            "title": "Consistency and cache",
+            "lead": "Does a text stay with the same experts, so that a machine that can't hold them all keeps those it "
+            "will need?",
+            "questions": [
+                Question("consistency", {}, "Local routing consistency"),
+                Question("segment_cache", {}, "The cache that knows the next tokens"),
+                Question("cache", {}, "Hit rate of every policy and capacity", together, ", all layers together"),
+                Question("cache_speed", {}, "Is it worth it? Speed on assumed hardware"),
+                Question("prefetch", {}, "Can the next layer's experts be told in time?"),
+            ],
+        },
+        {
+            "id": "structure",
+            "title": "Structure",
+            "lead": "Which experts work together, within a layer and from layer to layer?",
+            "questions": [
+                Question("coactivation", {}, "Pairs within a layer", clearest, ", the strongest pairs"),
+                Question("partners", {}, "Partners by depth"),
+                Question("affinity", {}, "From layer to layer", clearest, ", the strongest links"),
+                Question("layer_links", {}, "What any layer tells about any other"),
+            ],
+        },
         {
             "id": "load",
             "title": "Load",
-            "lead": "How evenly is the work spread over the experts of each layer?",
+            "lead": "How evenly is the work spread over the experts of each layer, and what does that cost a server?",
             "questions": [
                 Question("balance", {}, "Balance of each layer"),
                 Question("load", {}, "Every expert", busiest, ", the busiest experts"),
+                Question("straggler", {}, "Waiting for the busiest device"),
+                Question("bandwidth", {}, "How many experts a batch touches"),
+                Question("placement", {"time_limit": 10.0}, "Does it help to place experts that follow each other?"),
+                Question("importance", {}, "What each expert contributes", weightiest, ", the most important"),
             ],
-        }
-    )
-    return chosen
+        },
+    ]
+
+
+LABELS = (("lang", "language", "source"), ("domain", "domain", "lang"))
+"""Columns the report compares texts by, their nouns, and the column whose values the null keeps apart."""
+
+
+def labels(sequences: pd.DataFrame, by: str, noun: str, strata: str) -> dict[str, Any]:
+    """The section about the values of one column."""
+    within = strata if varies(sequences, by, strata) else None
+    arguments = {"by": by, "within": within}
+    kept = f", labels shuffled within each {figures.noun(within)}" if within else ""
+    return {
+        "id": f"{noun}s",
+        "title": f"{noun}s".capitalize(),
+        "lead": f"Does the choice of experts depend on the {noun} of a text, and which experts does each "
+        f"{noun} prefer? Blocks in the heatmap are specialists; white is what all texts together do.",
+        "questions": [
+            Question("mutual_information", arguments, "How much, layer by layer"),
+            Question("specialization", arguments, "Which experts", strongest, f", the strongest preferences{kept}"),
+            Question("group_similarity", {"by": by}, f"Which {noun}s are routed alike"),
+        ],
+    }
 
 
 def varies(sequences: pd.DataFrame, by: str, within: str) -> bool:
@@ -173,6 +215,27 @@ def busiest(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values("share", ascending=False)
 
 
+def together(frame: pd.DataFrame) -> pd.DataFrame:
+    """All layers together."""
+    return frame[frame["layer"].isna()]
+
+
+def favourites(frame: pd.DataFrame) -> pd.DataFrame:
+    """Token ids that go to one expert most surely."""
+    return frame[frame["q"] < 0.05].sort_values("low", ascending=False)
+
+
+def clearest(frame: pd.DataFrame) -> pd.DataFrame:
+    """Significant pairs, the highest lifts first, judged by the lower end of the interval."""
+    return frame[frame["q"] < 0.05].sort_values("lift_low", ascending=False)
+
+
+def weightiest(frame: pd.DataFrame) -> pd.DataFrame:
+    """The most important experts first, by the first score there is."""
+    score = next(name.removesuffix("_rank") for name in frame.columns if name.endswith("_rank"))
+    return frame.sort_values(score, ascending=False)
+
+
 def answer(trace: Trace, question: Question, drawn: dict[str, Any]) -> dict[str, Any]:
     """Ask one question; its figure goes to `drawn`. What the template needs."""
     module = analysis.file(question.name)
@@ -183,8 +246,11 @@ def answer(trace: Trace, question: Question, drawn: dict[str, Any]) -> dict[str,
     except InputError as error:
         return {"heading": heading, "missing": str(error)}
     figure = draw(frame)
-    csv = base64.b64encode(harmless(frame).to_csv(index=False, float_format="%.6g").encode()).decode()
     name = "-".join([question.name, *([question.arguments["by"]] if "by" in question.arguments else [])])
+    csv = ""
+    if len(frame) <= MOST_EMBEDDED:
+        text = harmless(frame).to_csv(index=False, float_format="%.6g")
+        csv = "data:text/csv;charset=utf-8;base64," + base64.b64encode(text.encode()).decode()
     drawn[f"plot-{name}"] = json.loads(figure.to_json() or "")
     rows = question.pick(frame) if question.pick else frame
     rows = rows.loc[:, rows.nunique(dropna=False) > 1] if len(rows) > 1 else rows
@@ -200,13 +266,23 @@ def answer(trace: Trace, question: Question, drawn: dict[str, Any]) -> dict[str,
         "choice": question.choice,
         "n_rows": f"{len(frame):,}",
         "file": f"{trace.run}-{name}.csv",
-        "csv": "data:text/csv;charset=utf-8;base64," + csv,
+        "csv": csv,
+        "command": command(trace, question, f"{name}.csv"),
         "definition": definition(module.__doc__ or ""),
     }
 
 
+def command(trace: Trace, question: Question, out: str) -> str:
+    """The command line that writes the whole table."""
+    options = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in question.arguments.items() if value]
+    path, run = shlex.quote(trace.path.name), shlex.quote(trace.run)
+    return " ".join(["workbench analyze", question.name, path, "--run", run, *options, "--out", out])
+
+
 def cell(value: Any) -> str:
     """A value of a table as text."""
+    if value is pd.NA:
+        return ""
     if isinstance(value, float | np.floating):
         return "" if np.isnan(value) else f"{value:.4g}"
     if isinstance(value, int | np.integer):

@@ -16,19 +16,56 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pandas as pd
 from plotly.graph_objects import Figure
 
+from workbench.analysis.affinity import affinity
+from workbench.analysis.agreement import agreement
 from workbench.analysis.alignment import alignment
 from workbench.analysis.balance import balance
+from workbench.analysis.bandwidth import bandwidth
+from workbench.analysis.cache import cache
+from workbench.analysis.cache_speed import cache_speed
+from workbench.analysis.coactivation import coactivation
+from workbench.analysis.consistency import consistency
+from workbench.analysis.contrast import contrast
+from workbench.analysis.expert_map import expert_map
+from workbench.analysis.gate_regression import gate_regression
+from workbench.analysis.group_similarity import group_similarity
+from workbench.analysis.importance import importance
+from workbench.analysis.language_distance import language_distance
+from workbench.analysis.layer_links import layer_links
 from workbench.analysis.load import load
+from workbench.analysis.loss_correlation import loss_correlation
 from workbench.analysis.mutual_information import mutual_information
+from workbench.analysis.norm_rank import norm_rank
+from workbench.analysis.partners import partners
+from workbench.analysis.permutation import permutation
+from workbench.analysis.placement import placement
+from workbench.analysis.prefetch import prefetch
+from workbench.analysis.segment_cache import segment_cache
+from workbench.analysis.sensitivity import sensitivity
+from workbench.analysis.similarity import similarity
 from workbench.analysis.specialization import specialization
+from workbench.analysis.straggler import straggler
+from workbench.analysis.task_experts import task_experts
 from workbench.analysis.u_shape import u_shape
+from workbench.analysis.uncertainty import uncertainty
+from workbench.analysis.vocabulary import vocabulary
 from workbench.errors import InputError
 
-NAMES = ("load", "balance", "specialization", "mutual_information", "alignment", "u_shape")
+NAMES = (
+    "load", "balance", "straggler", "bandwidth", "specialization", "mutual_information", "vocabulary", "contrast",
+    "group_similarity", "alignment", "u_shape", "language_distance", "loss_correlation", "task_experts",
+    "consistency", "segment_cache", "cache", "cache_speed", "prefetch", "coactivation", "partners", "affinity",
+    "layer_links", "placement", "agreement", "uncertainty", "importance", "norm_rank", "sensitivity", "similarity",
+    "gate_regression", "expert_map", "permutation",
+)  # fmt: skip
 """What `workbench analyze` offers, in this order."""
 
 __all__ = [
-    "alignment", "arguments", "balance", "file", "find", "load", "mutual_information", "specialization", "u_shape",
+    "affinity", "agreement", "alignment", "arguments", "balance", "bandwidth", "cache", "cache_speed", "coactivation",
+    "consistency", "contrast", "expert_map", "file", "find", "gate_regression", "group_similarity", "importance",
+    "language_distance", "layer_links", "load", "loss_correlation", "mutual_information", "norm_rank", "partners",
+    "permutation", "placement", "prefetch", "question", "segment_cache", "sensitivity", "similarity",
+    "specialization", "straggler", "subject", "task_experts", "u_shape", "uncertainty", "vocabulary",
 ]  # fmt: skip
 
 
@@ -44,6 +81,11 @@ def file(name: str) -> ModuleType:
     if name not in NAMES:
         raise InputError(f"there is no analysis {name!r}; choose from {', '.join(NAMES)}.")
     return import_module(f"workbench.analysis.{name}")
+
+
+def question(name: str) -> str:
+    """What an analysis asks, in a line."""
+    return (file(name).__doc__ or "").strip().partition("\n")[0]
 
 
 def subject(ask: Callable[..., pd.DataFrame]) -> str:

@@ -56,8 +56,8 @@ POLICIES = (
 REAL = ("static-held-out", "lru", "lfu", "aged-lfu", "window")
 """Policies that a deployment can follow: they don't look ahead."""
 SCOPES = ("layer", "global")
-WHOLE = -1
-"""Layer of the rows about all layers."""
+WHOLE = None
+"""Layer of the rows about all layers, missing in the table."""
 STYLES = {
     "static": figures.Style("#CC79A7"), "static-held-out": figures.Style("#CC79A7", "dot"),
     "lru": figures.Style("#0072B2"), "lfu": figures.Style("#D55E00"), "aged-lfu": figures.Style("#E69F00", "dash"),
@@ -95,10 +95,10 @@ def cache(
     access, cold, admission, scope, phase, chunk, batch, keep   see above; chunk None: whole texts
 
     Returns one row a layer × policy × capacity, and the same for the whole model: scope ("layer"; "model": all layers,
-    with a cache of that capacity each; "global": one cache), layer (-1 where it isn't one), policy, capacity; hit_rate
-    with low, high; hits, accesses, first_touches (counts); share_of_belady with share_low, share_high (NaN unless that
-    policy was asked for); knee (bool); the options access, cold, admission, phase, batch, keep; n_experts, n_tokens,
-    n_texts (batches, if batch > 1). Hit rates are NaN where an event needs more experts than fit, and without accesses.
+    with a cache of that capacity each; "global": one cache), layer (missing where it isn't one), policy, capacity;
+    hit_rate with low, high; hits, accesses, first_touches (counts); share_of_belady with share_low, share_high (NaN
+    unless that policy was asked for); knee (bool); the options access, cold, admission, phase, batch, keep; n_experts,
+    n_tokens, n_texts (batches, if batch > 1). Hit rates are NaN where an event needs more experts than fit, and without accesses.
     scope="global" holds the choices of all layers in memory.
     """
     check_options(policies, capacities, access, cold, admission, scope, window, lookahead, half_life)
@@ -186,7 +186,7 @@ def add(total: Tally, part: Tally) -> Tally:
 
 
 def curves(
-    policies: Sequence[str], tallies: Sequence[Tally], place: tuple[str, int], admission: str,
+    policies: Sequence[str], tallies: Sequence[Tally], place: tuple[str, int | None], admission: str,
     capacities: Sequence[int] | None, n_resamples: int, seed: int,
 ) -> pd.DataFrame:  # fmt: skip
     """The rows of one layer."""
@@ -213,7 +213,8 @@ def curves(
         tables.append(
             pd.DataFrame(
                 {
-                    "scope": scope, "layer": layer, "policy": policy, "capacity": asked,
+                    "scope": scope, "layer": pd.array([layer] * len(asked), dtype="Int64"), "policy": policy,
+                    "capacity": asked,
                     "hit_rate": rate[asked - 1], "low": low, "high": high,
                     "hits": total[asked - 1], "accesses": accesses.sum(), "first_touches": first.sum(),
                     "share_of_belady": divide(total[asked - 1], reference), "share_low": share_low,
@@ -226,7 +227,7 @@ def curves(
 
 def figure(frame: pd.DataFrame) -> Figure:
     """Hit rate by capacity, a line a policy: all layers together, then some of them. Circles mark the knees."""
-    whole = frame[frame["layer"] == WHOLE]
+    whole = frame[frame["layer"].isna()]
     layers = figures.spread(frame.loc[frame["scope"] == "layer", "layer"], MOST_PANELS)
     one_cache = (whole["scope"] == "global").all()
     parts = [("one cache for all layers" if one_cache else "all layers", whole)]
@@ -265,7 +266,7 @@ def figure(frame: pd.DataFrame) -> Figure:
 
 def findings(frame: pd.DataFrame) -> list[str]:
     """The best policy that doesn't know the future at its knee, how far it is from the best possible, in sentences."""
-    whole = frame[(frame["layer"] == WHOLE) & frame["hit_rate"].notna()]
+    whole = frame[frame["layer"].isna() & frame["hit_rate"].notna()]
     if whole.empty:
         if (frame["accesses"] == 0).all():
             return ["No token used any expert."]

@@ -27,7 +27,7 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from workbench import figures
-from workbench.analysis.cache import REAL, STYLES, WHOLE, cache
+from workbench.analysis.cache import REAL, STYLES, cache
 from workbench.analysis.counting import experts_of
 from workbench.errors import InputError
 from workbench.tracefile import Trace
@@ -92,7 +92,7 @@ def cache_speed(
         trace, policies=policies, access=access, scope=scope, batch=batch, keep=keep, window=window,
         n_resamples=n_resamples, seed=seed,
     )  # fmt: skip
-    found = found[found["layer"] == WHOLE].reset_index(drop=True)
+    found = found[found["layer"].isna()].reset_index(drop=True)
     accesses = found["accesses"].to_numpy(float) / max(trace.n_tokens, 1)
     rate, low, high = (found[name].to_numpy(float) for name in ("hit_rate", "low", "high"))
     if compute_ms is None:

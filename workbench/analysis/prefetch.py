@@ -67,8 +67,8 @@ def prefetch(
     ratios      experts named / k, k being what a token uses in the layer; lookahead knows no more than k
     capacity    experts a layer in the cache, at least k; None: 2k (at most E)
 
-    Returns one row a layer × predictor × ratio, and the same for the whole model (layer -1): layer, predictor, ratio,
-    budget (experts named at most; in the rows of the whole model a mean); recall with recall_low, recall_high;
+    Returns one row a layer × predictor × ratio, and the same for the whole model (layer missing): layer, predictor,
+    ratio, budget (experts named at most; in the rows of the whole model a mean); recall with recall_low, recall_high;
     precision with precision_low, precision_high; cached, covered with covered_low, covered_high; loads (a token and
     layer), useless; capacity (in the rows of the whole model a mean); n_experts, top_k (likewise); named, needed, right
     (counts); n_tokens, n_texts. Values are NaN where there is nothing to divide by. Left out are lookahead and affinity
@@ -169,7 +169,7 @@ def predict(
 
 
 def rates(
-    counts: np.ndarray, predictor: str, layer: int, ratios: Sequence[float], budget: np.ndarray,
+    counts: np.ndarray, predictor: str, layer: int | None, ratios: Sequence[float], budget: np.ndarray,
     facts: dict[str, float], n_resamples: int, seed: int,
 ) -> pd.DataFrame:  # fmt: skip
     """The rows of one layer and predictor, from counts (n_units, n_budgets, 6)."""
@@ -184,7 +184,8 @@ def rates(
     useful = total[:, COVERED] - total[:, CACHED]
     return pd.DataFrame(
         {
-            "layer": layer, "predictor": predictor, "ratio": np.array(ratios, float)[: len(budget)], "budget": budget,
+            "layer": pd.array([layer] * len(budget), dtype="Int64"), "predictor": predictor,
+            "ratio": np.array(ratios, float)[: len(budget)], "budget": budget,
             "recall": recall[0], "recall_low": recall[1], "recall_high": recall[2],
             "precision": precision[0], "precision_low": precision[1], "precision_high": precision[2],
             "cached": divide(total[:, CACHED], total[:, NEEDED]),
@@ -314,7 +315,7 @@ def _name_likeliest(earlier, share, runs, half, named):
 def figure(frame: pd.DataFrame) -> Figure:
     """Recall and precision by layer, a line a predictor, each naming as many experts as a token uses."""
     ratio = min(frame["ratio"], key=lambda value: abs(value - 1))
-    layers = frame[(frame["layer"] != WHOLE) & (frame["ratio"] == ratio)]
+    layers = frame[frame["layer"].notna() & (frame["ratio"] == ratio)]
     result = figures.panels(
         ["recall", "precision", "in the cache or named"], columns=3, height=300, legend=True, tight=True
     )
@@ -343,7 +344,7 @@ def figure(frame: pd.DataFrame) -> Figure:
 def findings(frame: pd.DataFrame) -> list[str]:
     """The best predictor, and what it adds to a cache, in sentences."""
     ratio = min(frame["ratio"], key=lambda value: abs(value - 1))
-    whole = frame[(frame["layer"] == WHOLE) & (frame["ratio"] == ratio) & frame["recall"].notna()]
+    whole = frame[frame["layer"].isna() & (frame["ratio"] == ratio) & frame["recall"].notna()]
     if whole.empty:
         return ["Nothing could be predicted: no token used any expert, or there is only one text to learn from."]
     order = whole.sort_values("recall", ascending=False)

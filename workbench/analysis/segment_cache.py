@@ -69,9 +69,9 @@ def segment_cache(
     baselines  also lru, lfu and belady; without them share_of_belady is NaN
 
     Returns one row a layer × policy × ratio × count, and the same for the whole model: scope ("layer"; "model": all
-    layers together, each with its cache; "global"), layer (-1 where it isn't one), policy (sch-4, …, lru, lfu, belady),
-    window (m, 0 where there is none), ratio, capacity (in the rows of the whole model, of all layers together), count
-    (compatible, honest); hit_rate with low, high; hits, accesses, first_touches; share_of_belady with share_low,
+    layers together, each with its cache; "global"), layer (missing where it isn't one), policy (sch-4, …, lru, lfu,
+    belady), window (m, 0 where there is none), ratio, capacity (in the rows of the whole model, of all layers
+    together), count (compatible, honest); hit_rate with low, high; hits, accesses, first_touches; share_of_belady with share_low,
     share_high; n_experts, n_tokens, n_texts, access.
     """
     check(access, ACCESS, "access")
@@ -128,7 +128,7 @@ def add(one: Cut, two: Cut) -> Cut:
 
 def rows(
     policies: Sequence[str], spans: dict[str, int], ratios: Sequence[float], held: np.ndarray, cuts: Sequence[Cut],
-    place: tuple[str, int], n_experts: int, n_resamples: int, seed: int,
+    place: tuple[str, int | None], n_experts: int, n_resamples: int, seed: int,
 ) -> pd.DataFrame:  # fmt: skip
     """The rows of one layer."""
     tables = []
@@ -145,7 +145,8 @@ def rows(
             tables.append(
                 pd.DataFrame(
                     {
-                        "scope": place[0], "layer": place[1], "policy": policy, "window": spans.get(policy, 0),
+                        "scope": place[0], "layer": pd.array([place[1]] * len(held), dtype="Int64"),
+                        "policy": policy, "window": spans.get(policy, 0),
                         "ratio": np.array(ratios, float), "capacity": held, "count": count,
                         "hit_rate": divide(total, accesses.sum()), "low": low, "high": high,
                         "hits": total, "accesses": accesses.sum(), "first_touches": first.sum(),
@@ -167,7 +168,7 @@ def look(policy: str, window: int, windows: Sequence[int]) -> figures.Style:
 
 def figure(frame: pd.DataFrame) -> Figure:
     """Hit rate by cache ratio in both counts, a line a policy; and SCH by layer, a line a ratio."""
-    whole = frame[frame["layer"] == WHOLE]
+    whole = frame[frame["layer"].isna()]
     windows = sorted(set(frame["window"]) - {0})
     middle = min(windows, key=lambda m: abs(m - 16))
     by_layer = frame[(frame["scope"] == "layer") & (frame["window"] == middle) & (frame["count"] == "honest")]
@@ -207,7 +208,7 @@ def figure(frame: pd.DataFrame) -> Figure:
 
 def findings(frame: pd.DataFrame) -> list[str]:
     """SCH at twice the experts a token uses, in both counts, and the share of Belady, in sentences."""
-    whole = frame[(frame["layer"] == WHOLE) & frame["hit_rate"].notna()]
+    whole = frame[frame["layer"].isna() & frame["hit_rate"].notna()]
     if whole.empty:
         if (frame["accesses"] == 0).all():
             return ["No token used any expert."]
