@@ -54,6 +54,7 @@ format: setup
 bench: setup
 	$(BIN)/workbench bench trace
 	$(BIN)/workbench bench store
+	$(BIN)/workbench bench analysis
 
 clean:
 	rm -rf $(VENV) demo.duckdb demo-report.html demo-full.duckdb demo-full-report.html

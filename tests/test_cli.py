@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from workbench import analysis, cli
 from workbench.__main__ import main
+from workbench.schema import RECORDABLE
 from workbench.tracefile import Trace
 
 
@@ -70,7 +71,8 @@ def file(folder: Path) -> Path:
     from workbench.models import load
 
     model, out = load(folder / "model"), folder / "t.duckdb"
-    trace(model, folder / "texts.jsonl", out, record=["weights", "entropy", "profiles"], run="one", progress=False)
+    record = [name for name in RECORDABLE if name != "logits"]
+    trace(model, folder / "texts.jsonl", out, record=record, run="one", progress=False)
     trace(model, folder / "texts.jsonl", out, run="two", mode="append", max_tokens=200, progress=False)
     return out
 
@@ -182,7 +184,7 @@ def test_names_that_mean_nothing(workbench: Command, folder: Path, tmp_path: Pat
     refused(workbench(*tracing(folder, out, corpus="no/such.jsonl")), "no such file or folder")
     refused(workbench(*tracing(folder, out, model=tmp_path / "nothing")), "no such folder")
     refused(workbench(*tracing(folder, out, "--record", "ids,gate")), "can't record gate", "choose from ids, weights")
-    refused(workbench(*tracing(folder, out, "--dtype", "int8")), "'int8'", "expected 'auto', 'float32'")
+    refused(workbench(*tracing(folder, out, "--dtype", "int3")), "'int3'", "expected 'auto', 'float32'")
     refused(workbench(*tracing(folder, tmp_path / "no" / "t.duckdb")), "is not a folder: create it first")
     refused(workbench(*tracing(folder, out, "--resume", "--append")), "exclude each other")
     refused(workbench(*tracing(folder, out, "--append")), "does not exist, so no run can be added")
@@ -367,10 +369,22 @@ QUICK = {
 }
 
 
+OPTIONS = {
+    "specialization": ["--by", "lang"],
+    "contrast": ["--set=group=lang=en"],
+    "task_experts": ["--set=task=domain=law"],
+    "loss_correlation": ["--by", "difficulty", "--set=reference=0", "--set=common=false"],
+    "placement": ["--set=time_limit=1", "--set=devices=2"],
+    "sensitivity": ["--set=corpus={folder}/texts.jsonl", "--set=max_tokens=500", "--set=layers=1"],
+    "permutation": ["--set=other={folder}/model"],
+}
+
+
 @pytest.mark.parametrize("name", analysis.NAMES)
-def test_analyze(name: str, workbench: Command, file: Path, tmp_path: Path):
-    by = ["--by", "lang"] if name in ("specialization", "mutual_information") else []
-    command = ["analyze", name.replace("_", "-"), file, "--run", "one", *by, *QUICK[name]]
+def test_analyze(name: str, workbench: Command, folder: Path, file: Path, tmp_path: Path):
+    options = [option.format(folder=folder) for option in OPTIONS.get(name, [])] + QUICK[name]
+    looks_at = [file, "--run", "one"] if analysis.subject(analysis.find(name)[0]) == "trace" else [folder / "model"]
+    command = ["analyze", name.replace("_", "-"), *looks_at, *options]
     tables = [tmp_path / f"t{suffix}" for suffix in (".csv", ".parquet", ".tex")]
     for table in tables:
         result = workbench(*command, "--out", table)
@@ -405,7 +419,12 @@ def test_analyze_explains_itself(workbench: Command):
     assert "MaxVio" in explained and "dead_below: float = 0.1" in explained
 
 
-def test_analyze_refuses(workbench: Command, file: Path, tmp_path: Path):
+def test_analyze_refuses(workbench: Command, folder: Path, file: Path, tmp_path: Path):
+    refused(workbench("analyze", "similarity", folder / "model", "--run", "one"), "takes no run of a trace")
+    refused(workbench("analyze", "agreement", file, "--set", "other=three"), "three")
+    refused(workbench("analyze", "uncertainty", file, "--set", "measures=experts_to_mass"), "--record", "logits")
+    refused(workbench("analyze", "cache", file, "--set", "capacities=4,many"), "'many'; expected a whole number")
+    refused(workbench("analyze", "cache", file, "--set", "keep=perhaps"), "'perhaps'; expected true or false")
     refused(workbench("analyze", "astrology", file), "no analysis 'astrology'", "choose from load")
     refused(workbench("analyze", "load", file, "--set", "planets=9"), "no option 'planets'")
     refused(workbench("analyze", "load", file, "--set", "planets"), "expected NAME=VALUE")
@@ -415,6 +434,43 @@ def test_analyze_refuses(workbench: Command, file: Path, tmp_path: Path):
     refused(workbench("analyze", "load", file, "--out", tmp_path / "no" / "t.csv"), "is not a folder")
     refused(workbench("analyze", "load", file, "--run", "three"), "no run 'three'")
     assert list(tmp_path.iterdir()) == []
+
+
+# place, prune, merge
+
+
+@pytest.mark.parametrize("form, suffix", [("table", ".csv"), ("sglang", ".json"), ("vllm", ".json")])
+def test_place(form: str, suffix: str, workbench: Command, file: Path, tmp_path: Path):
+    out = tmp_path / f"p{suffix}"
+    command = ["place", file, "--devices", 2, "--format", form, "--time-limit", 1, "--out", out]
+    assert workbench(*command).code == 0 and out.stat().st_size > 0
+    refused(workbench(*command), "exists", "--overwrite")
+
+
+def test_place_refuses(workbench: Command, file: Path, tmp_path: Path):
+    refused(workbench("place", file, "--devices", 3, "--out", tmp_path / "p.csv"), "3")
+    refused(
+        workbench("place", file, "--devices", 2, "--format", "vllm", "--out", tmp_path / "p.csv"), "'.csv'", ".json"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["prune", "merge"])
+def test_fewer_experts(verb: str, workbench: Command, folder: Path, file: Path, tmp_path: Path):
+    scores, out = tmp_path / "scores.csv", tmp_path / "smaller"
+    asked = workbench("analyze", "importance", file, "--run", "one", *QUICK["importance"], "--out", scores)
+    assert asked.code == 0, asked
+    command = [verb, folder / "model", "--importance", scores, "--keep", 4, "--out", out]
+    result = workbench(*command, "--corpus", folder / "texts.jsonl", "--max-tokens", 500)
+    assert result.code == 0 and "original" in result.out and "random 4" in result.out, result
+    described = json.loads(workbench("models", out, "--json").out)
+    assert {layer["n_experts"] for layer in described["layers"]} == {4}
+    refused(workbench(*command), "exists")
+    refused(workbench(*command[:-1], tmp_path / "other", "--score", "beauty"), "beauty")
+    refused(
+        workbench(verb, folder / "model", "--importance", scores, "--keep", 9, "--out", tmp_path / "more"), "9", "8"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.csv", "smaller"]
 
 
 # bench

@@ -396,10 +396,11 @@ def _compare(model: str, out: Path, keep: int, corpus: str | None, max_tokens: i
     print(f"{out}: {keep} experts a layer")
     if corpus is None:
         return
-    from workbench.losses import compare_losses
+    from workbench.losses import compare_losses, findings
 
     losses = compare_losses(model, {out.name: out}, corpus, max_tokens=max_tokens, max_length=max_length)
     show(losses, as_json=False)
+    print("", *findings(losses), sep="\n")
 
 
 @app.command()

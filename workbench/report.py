@@ -48,13 +48,18 @@ addEventListener("afterprint", () => each({width: null, autosize: true}));
 
 @dataclass
 class Question:
-    """One analysis with its arguments; `pick` chooses and orders the rows shown on the page."""
+    """One analysis with its arguments.
+
+    pick      chooses and orders the rows shown on the page, `choice` says which
+    headline  whether its first finding is among those that open the report
+    """
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     heading: str = ""
     pick: Callable[[pd.DataFrame], pd.DataFrame] | None = None
     choice: str = ""
+    headline: bool = False
 
 
 def report(
@@ -78,8 +83,13 @@ def page(trace: Trace, out: Path) -> str:
     drawn: dict[str, Any] = {}
     parts, headlines = [], []
     for section in sections(sequences):
-        answers = [answer(trace, question, drawn) for question in section.pop("questions")]
-        headlines += [(found["findings"][0], section["id"]) for found in answers if found.get("findings")]
+        questions = section.pop("questions")
+        answers = [answer(trace, question, drawn) for question in questions]
+        headlines += [
+            (found["findings"][0], section["id"])
+            for question, found in zip(questions, answers, strict=True)
+            if question.headline and found.get("findings")
+        ]
         parts.append({**section, "answers": answers})
     found = validate(trace.path, trace.run)
     facts = next(row for row in trace.runs().to_dict("records") if row["run"] == trace.run)
@@ -117,8 +127,10 @@ def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
             "lead": "Is one text routed alike in two languages? Lower is more alike. Dotted lines compare different "
             "texts of the same two languages: the gap below them is what shared content adds.",
             "questions": [
-                Question("alignment", {}, "Divergence, layer by layer", pooled, ", the mean of all languages"),
-                Question("u_shape", {}, "Is the middle of the model more alike than its ends?"),
+                Question(
+                    "alignment", {}, "Divergence, layer by layer", pooled, ", the mean of all languages", headline=True
+                ),
+                Question("u_shape", {}, "Is the middle of the model more alike than its ends?", headline=True),
                 Question("language_distance", {}, "Every two languages", together, ", all layers together"),
                 Question("loss_correlation", {}, "Does divergence go with loss?"),
             ],
@@ -128,7 +140,14 @@ def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
             "title": "Tokens",
             "lead": "What does a single token decide? Its id alone, and how sure the routers are of their choice.",
             "questions": [
-                Question("vocabulary", {}, "How far the token id alone decides", favourites, ", the surest ids"),
+                Question(
+                    "vocabulary",
+                    {},
+                    "How far the token id alone decides",
+                    favourites,
+                    ", the surest ids",
+                    headline=True,
+                ),
                 Question("uncertainty", {}, "How sure the routers are, and whether it goes with the loss"),
             ],
         },
@@ -138,9 +157,16 @@ def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
             "lead": "Does a text stay with the same experts, so that a machine that can't hold them all keeps those it "
             "will need?",
             "questions": [
-                Question("consistency", {}, "Local routing consistency"),
+                Question("consistency", {}, "Local routing consistency", headline=True),
                 Question("segment_cache", {}, "The cache that knows the next tokens"),
-                Question("cache", {}, "Hit rate of every policy and capacity", together, ", all layers together"),
+                Question(
+                    "cache",
+                    {},
+                    "Hit rate of every policy and capacity",
+                    together,
+                    ", all layers together",
+                    headline=True,
+                ),
                 Question("cache_speed", {}, "Is it worth it? Speed on assumed hardware"),
                 Question("prefetch", {}, "Can the next layer's experts be told in time?"),
             ],
@@ -150,7 +176,7 @@ def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
             "title": "Structure",
             "lead": "Which experts work together, within a layer and from layer to layer?",
             "questions": [
-                Question("coactivation", {}, "Pairs within a layer", clearest, ", the strongest pairs"),
+                Question("coactivation", {}, "Pairs within a layer", clearest, ", the strongest pairs", headline=True),
                 Question("partners", {}, "Partners by depth"),
                 Question("affinity", {}, "From layer to layer", clearest, ", the strongest links"),
                 Question("layer_links", {}, "What any layer tells about any other"),
@@ -161,11 +187,16 @@ def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
             "title": "Load",
             "lead": "How evenly is the work spread over the experts of each layer, and what does that cost a server?",
             "questions": [
-                Question("balance", {}, "Balance of each layer"),
+                Question("balance", {}, "Balance of each layer", headline=True),
                 Question("load", {}, "Every expert", busiest, ", the busiest experts"),
                 Question("straggler", {}, "Waiting for the busiest device"),
                 Question("bandwidth", {}, "How many experts a batch touches"),
-                Question("placement", {"time_limit": 10.0}, "Does it help to place experts that follow each other?"),
+                Question(
+                    "placement",
+                    {"time_limit": 5.0},
+                    "Does it help to place experts that follow each other?",
+                    headline=True,
+                ),
                 Question("importance", {}, "What each expert contributes", weightiest, ", the most important"),
             ],
         },
@@ -187,7 +218,7 @@ def labels(sequences: pd.DataFrame, by: str, noun: str, strata: str) -> dict[str
         "lead": f"Does the choice of experts depend on the {noun} of a text, and which experts does each "
         f"{noun} prefer? Blocks in the heatmap are specialists; white is what all texts together do.",
         "questions": [
-            Question("mutual_information", arguments, "How much, layer by layer"),
+            Question("mutual_information", arguments, "How much, layer by layer", headline=True),
             Question("specialization", arguments, "Which experts", strongest, f", the strongest preferences{kept}"),
             Question("group_similarity", {"by": by}, f"Which {noun}s are routed alike"),
         ],

@@ -98,7 +98,8 @@ def cache(
     with a cache of that capacity each; "global": one cache), layer (missing where it isn't one), policy, capacity;
     hit_rate with low, high; hits, accesses, first_touches (counts); share_of_belady with share_low, share_high (NaN
     unless that policy was asked for); knee (bool); the options access, cold, admission, phase, batch, keep; n_experts,
-    n_tokens, n_texts (batches, if batch > 1). Hit rates are NaN where an event needs more experts than fit, and without accesses.
+    n_tokens, n_texts (batches, if batch > 1). Hit rates are NaN where an event needs more experts than fit, and
+    without accesses.
     scope="global" holds the choices of all layers in memory.
     """
     check_options(policies, capacities, access, cold, admission, scope, window, lookahead, half_life)

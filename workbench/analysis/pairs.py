@@ -5,12 +5,13 @@ at most 64 blocks, and the blocks are resampled. With fewer texts than blocks ev
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numba import njit
 from scipy import stats
 
-from workbench.analysis.counting import add_choices, text_codes
+from workbench.analysis.counting import text_codes
 from workbench.analysis.resampling import CHUNK, draws, interval
 from workbench.errors import InputError
 from workbench.routing import NO_EXPERT
@@ -40,7 +41,7 @@ class Blocks:
     def n_texts(self) -> int:
         return len(self.of_text)
 
-    @property
+    @cached_property
     def of_token(self) -> np.ndarray:
         """int32 (n_tokens,): block of each token."""
         return self.of_text[self.text]
@@ -90,8 +91,7 @@ class Pairs:
 def count_pairs(left: np.ndarray, right: np.ndarray, n_left: int, n_right: int, blocks: Blocks) -> Pairs:
     """Count the k × k pairs of every token; left and right are uint16 (n_tokens, k), NO_EXPERT where there is none."""
     both = np.zeros((blocks.n_blocks, n_left, n_right), np.int64)
-    _add_pairs(left, right, blocks.of_token, both)
-    return Pairs(both, *count_choices(left, right, n_left, n_right, blocks.of_token, blocks.n_blocks))
+    return Pairs(both, *_counted(left, right, n_left, n_right, blocks.of_token, blocks.n_blocks, both))
 
 
 def count_choices(
@@ -101,27 +101,47 @@ def count_choices(
 
     group  int (n_tokens,). Tokens without an expert in one of the two layers aren't counted.
     """
-    known = (left != NO_EXPERT).any(axis=1) & (right != NO_EXPERT).any(axis=1)
-    group = np.where(known, group, -1)
-    lefts, rights = np.zeros((n_groups, n_left)), np.zeros((n_groups, n_right))
-    add_choices(left, group, lefts)
-    add_choices(right, group, rights)
-    tokens = np.bincount(group[known], minlength=n_groups)
-    return lefts.astype(np.int64), rights.astype(np.int64), tokens
+    return _counted(left, right, n_left, n_right, group, n_groups, np.zeros((0, 0, 0), np.int64))
+
+
+def _counted(
+    left: np.ndarray, right: np.ndarray, n_left: int, n_right: int, group: np.ndarray, n_groups: int, both: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    lefts, rights = np.zeros((n_groups, n_left), np.int64), np.zeros((n_groups, n_right), np.int64)
+    tokens = np.zeros(n_groups, np.int64)
+    _count(left, right, group, both, lefts, rights, tokens)
+    return lefts, rights, tokens
 
 
 @njit(cache=True, nogil=True)
-def _add_pairs(left, right, group, both):
+def _count(left, right, group, both, lefts, rights, tokens):
+    """All counts in one pass over the tokens; an empty `both` leaves the pairs out."""
     for token in range(left.shape[0]):
-        table = both[group[token]]
+        if not (_any(left[token]) and _any(right[token])):
+            continue
+        at = group[token]
+        tokens[at] += 1
+        for other in range(right.shape[1]):
+            if right[token, other] != EMPTY:
+                rights[at, right[token, other]] += 1
         for rank in range(left.shape[1]):
             i = left[token, rank]
             if i == EMPTY:
                 continue
-            for other in range(right.shape[1]):
-                j = right[token, other]
-                if j != EMPTY:
-                    table[i, j] += 1
+            lefts[at, i] += 1
+            if len(both):
+                for other in range(right.shape[1]):
+                    j = right[token, other]
+                    if j != EMPTY:
+                        both[at, i, j] += 1
+
+
+@njit(cache=True, nogil=True)
+def _any(experts):
+    n = 0
+    for expert in experts:
+        n += expert != EMPTY
+    return n > 0
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

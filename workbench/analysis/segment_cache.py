@@ -71,8 +71,8 @@ def segment_cache(
     Returns one row a layer × policy × ratio × count, and the same for the whole model: scope ("layer"; "model": all
     layers together, each with its cache; "global"), layer (missing where it isn't one), policy (sch-4, …, lru, lfu,
     belady), window (m, 0 where there is none), ratio, capacity (in the rows of the whole model, of all layers
-    together), count (compatible, honest); hit_rate with low, high; hits, accesses, first_touches; share_of_belady with share_low,
-    share_high; n_experts, n_tokens, n_texts, access.
+    together), count (compatible, honest); hit_rate with low, high; hits, accesses, first_touches; share_of_belady with
+    share_low, share_high; n_experts, n_tokens, n_texts, access.
     """
     check(access, ACCESS, "access")
     check(scope, SCOPES, "scope")
