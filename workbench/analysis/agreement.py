@@ -19,8 +19,8 @@ this run and S' in the other:
   in both. Much smaller than router_kl, as averaging hides what tokens do: don't compare the two.
 - **nll_difference** = nll' − nll, nats a token: above 0 where the other run predicts the text worse.
 
-Layer −1 stands for all layers together: the mean over all tokens and layers. differs_anywhere and nll_difference exist
-only there.
+A missing layer stands for all layers together: the mean over all tokens and layers. differs_anywhere and
+nll_difference exist only there.
 
 **chance** is what overlap, exact_match and top1_match would be if each token were compared with the other run's
 choices for a *different* token of the same group, computed exactly over all such pairs; it is high where few experts
@@ -82,9 +82,9 @@ def agreement(
     by           column of the sequences (of this run), `phase` or `position`; None puts all tokens into the group "all"
     n_resamples  bootstrap resamples of texts; 0 leaves the intervals NaN
 
-    Returns one row a group × layer × measure (see the top of the file; layer −1: all layers): run, other, by, group,
+    Returns one row a group × layer × measure (see the top of the file; layer missing: all): run, other, by, group,
     layer, measure; value with low, high; chance, kappa (NaN where there is no chance level); n_compared (tokens of the
-    layer, of all layers for layer −1; sequences for profile_kl), n_tokens, n_sequences, n_texts of the group;
+    layer, or of all layers; sequences for profile_kl), n_tokens, n_sequences, n_texts of the group;
     n_unlabelled sequences without a label; n_only_here, n_only_there sequences that only one run has, n_apart tokens
     that follow a difference in matched sequences: all left out. A measure that the runs didn't record has no rows.
 
