@@ -5,7 +5,8 @@
 - `sglang`: the JSON file for `--init-expert-location FILE --ep-size N` (its
   python/sglang/srt/eplb/expert_location.py): {"physical_to_logical_map": [[…], …]} and no other key, since all keys
   become arguments. A row is a layer *of the model*, dense layers included (their rows aren't used: they keep the
-  order); entry p is the expert in slot p, and device d holds the slots d · E/N to (d + 1) · E/N − 1. For `--ep-num-redundant-experts 0`, the default.
+  order); entry p is the expert in slot p, and device d holds the slots d · E/N to (d + 1) · E/N − 1. For
+  `--ep-num-redundant-experts 0`, the default.
 - `vllm`: the JSON file for vLLM's plugin vllm-ascend, `--additional-config '{"eplb_config": {"expert_map_path":
   FILE}}'` with `--enable-expert-parallel` (vllm_ascend/eplb/core/eplb_utils.py, as of 0.23; announced to go with
   0.25.1): {"moe_layer_count", "layer_list": [{"layer_id", "device_count", "device_list": [{"device_id",
