@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from routed import random_trace, with_profiles
+from routed import choose, full_trace, random_trace, with_profiles
 
 from workbench import figures
 from workbench.errors import InputError
@@ -160,6 +160,21 @@ def test_what_cannot_be_answered_is_said(tmp_path):
     before = path.stat().st_mtime_ns
     report(str(tmp_path / "t.duckdb"), path, overwrite=True)
     assert path.stat().st_mtime_ns > before and len(list(tmp_path.glob("*r*.html"))) == 1
+
+
+def test_norms_and_a_second_run_are_used(tmp_path):
+    random = np.random.default_rng(0)
+    seq, sequences = np.repeat(np.arange(4), 6), pd.DataFrame({"lang": ["en", "de"] * 2})
+    for run, mode in (("one", "new"), ("two", "append")):
+        experts = np.stack([choose(random, np.zeros((24, 5)), 2) for _ in range(2)], axis=1)
+        full_trace(
+            tmp_path / "t.duckdb", experts, n_experts=5, seq=seq, sequences=sequences, token_ids=np.arange(24),
+            weights=random.random(experts.shape), norms=random.random(experts.shape), run=run, mode=mode,
+        )  # fmt: skip
+    report(tmp_path / "t.duckdb", tmp_path / "r.html", run="one")
+    page = Page((tmp_path / "r.html").read_text())
+    assert {"plot-norm_rank", "plot-agreement", "agreement"} <= set(page.ids)
+    assert "Does the other run of this file" in page.text
 
 
 def test_definition():

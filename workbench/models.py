@@ -137,7 +137,9 @@ def load(
     return replace(loaded, dtype=f"int8:{loaded.dtype}")
 
 
-def describe(model: str | Path = "demo", *, revision: str | None = None, trust_remote_code: bool = False) -> dict:
+def describe(
+    model: str | Path = "demo", *, revision: str | None = None, trust_remote_code: bool = False, local: bool = False
+) -> dict:
     """What a checkpoint is, from its configuration alone: no weights are read or made.
 
     Keys: model, family, layers (a list of dicts: layer, name, n_experts, top_k, n_shared, gating, stack), experts,
@@ -148,10 +150,12 @@ def describe(model: str | Path = "demo", *, revision: str | None = None, trust_r
     routers, shared experts, and both embeddings count in full. Where an expert needs no parameters (zero-computation
     experts) it is an upper bound. Tied weights count once.
 
+    local  only from files on this machine: a model that isn't here isn't looked for elsewhere
+
     InputError as load() has it.
     """
     source = _locate(model)
-    config = _config(source, revision, trust_remote_code)
+    config = _config(source, revision, trust_remote_code, local)
     module = _check_family(source, config, trust_remote_code)
     layers = find_layers(module)
     total = sum(p.numel() for p in module.parameters())
@@ -248,9 +252,11 @@ def _locate(model: str | Path) -> str:
     return text
 
 
-def _config(source: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
+def _config(source: str, revision: str | None, trust_remote_code: bool, local: bool = False) -> PretrainedConfig:
     with _explained(source):
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code, local_files_only=local
+        )
     quantised = getattr(config, "quantization_config", None) or {}
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
     if method == "mxfp4":

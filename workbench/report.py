@@ -82,7 +82,7 @@ def page(trace: Trace, out: Path) -> str:
     sequences = trace.sequences()
     drawn: dict[str, Any] = {}
     parts, headlines = [], []
-    for section in sections(sequences):
+    for section in sections(trace, sequences):
         questions = section.pop("questions")
         answers = [answer(trace, question, drawn) for question in questions]
         headlines += [
@@ -117,8 +117,15 @@ def page(trace: Trace, out: Path) -> str:
     )
 
 
-def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
-    """What the report asks, in order."""
+def sections(trace: Trace, sequences: pd.DataFrame) -> list[dict[str, Any]]:
+    """What the report asks, in order. What takes norms or a second run is asked only where they are."""
+    ranks = Question("norm_rank", {}, "Does the router weight the largest outputs most?")
+    agreement = {
+        "id": "agreement",
+        "title": "Agreement",
+        "lead": "Does the other run of this file choose the same experts for the same tokens?",
+        "questions": [Question("agreement", {}, "Layer by layer", together, ", all layers together", headline=True)],
+    }
     return [
         *(labels(sequences, by, noun, strata) for by, noun, strata in LABELS),
         {
@@ -198,8 +205,10 @@ def sections(sequences: pd.DataFrame) -> list[dict[str, Any]]:
                     headline=True,
                 ),
                 Question("importance", {}, "What each expert contributes", weightiest, ", the most important"),
+                *([ranks] if {"weights", "norms"} <= trace.recorded else []),
             ],
         },
+        *([agreement] if len(trace.runs()) == 2 else []),
     ]
 
 

@@ -149,7 +149,7 @@ def sizes(
     from workbench.models import describe
 
     try:
-        facts = describe(model, revision=revision if isinstance(revision, str) else None)
+        facts = describe(model, revision=revision if isinstance(revision, str) else None, local=True)
     except InputError as error:
         raise InputError(f"the size of an expert of {model!r} isn't known ({error}): {ask}.") from None
     n_experts = sum(experts_of(trace, layer) for layer in range(trace.n_layers))
