@@ -22,13 +22,20 @@ from scipy.optimize import linear_sum_assignment
 
 from workbench import figures
 from workbench.analysis.counting import experts_of
-from workbench.analysis.pairs import chosen_layers, count_pairs, independent, measures, most_experts, text_blocks
+from workbench.analysis.pairs import (
+    SIGNIFICANT,
+    chosen_layers,
+    count_pairs,
+    independent,
+    linked,
+    measures,
+    most_experts,
+    text_blocks,
+)
 from workbench.analysis.resampling import q_values
 from workbench.errors import InputError
 from workbench.tracefile import Trace
 
-SIGNIFICANT = 0.05
-"""False-discovery rate below which findings call two experts linked."""
 MOST_PANELS = 6
 MOST_EXPERTS = 64
 """Experts of a layer that the figure shows when there are more: those with the strongest links."""
@@ -137,15 +144,13 @@ def findings(frame: pd.DataFrame) -> list[str]:
     known = frame[frame["lift"].notna()]
     if known.empty:
         return ["No token used experts in both layers."]
-    linked = known[(known["q"] < SIGNIFICANT) & (known["lift"] > 1)]
-    twice = linked[linked["lift"] >= 2]
+    found = linked(known)
     sentences = [
-        f"{len(linked):,} of {len(known):,} transitions between experts are taken more often than the loads explain "
-        f"(false-discovery rate {SIGNIFICANT:.0%}), {len(twice):,} of them at least twice as often."
+        f"{len(found):,} of {len(known):,} transitions between experts are taken more often than the loads explain "
+        f"(false-discovery rate {SIGNIFICANT:.0%}), {(found['lift'] >= 2).sum():,} of them at least twice as often."
     ]
-    if len(linked):
-        # Rare transitions have the largest lifts and matter least: the one with most tokens above chance says more.
-        top = linked.iloc[(linked["count"] - linked["expected"]).argmax()]
+    if len(found):
+        top = found.iloc[0]
         sentences.append(
             f"The one that stands out most: {top['probability']:.0%} of the tokens of expert {top['expert']:.0f} of "
             f"layer {top['layer']:.0f} go to expert {top['next_expert']:.0f} of layer {top['next_layer']:.0f}, "

@@ -27,13 +27,20 @@ from workbench import figures
 from workbench.analysis.chance_pairs import chance_pairs
 from workbench.analysis.clustering import tree
 from workbench.analysis.counting import experts_of
-from workbench.analysis.pairs import Pairs, chosen_layers, count_pairs, measures, most_experts, text_blocks
+from workbench.analysis.pairs import (
+    SIGNIFICANT,
+    Pairs,
+    chosen_layers,
+    count_pairs,
+    linked,
+    measures,
+    most_experts,
+    text_blocks,
+)
 from workbench.analysis.resampling import q_values
 from workbench.routing import NO_EXPERT
 from workbench.tracefile import Trace
 
-SIGNIFICANT = 0.05
-"""False-discovery rate below which findings call two experts linked."""
 MOST_PANELS = 6
 MOST_EXPERTS = 64
 """Experts of a layer that the figure shows when there are more: those with the strongest links."""
@@ -149,15 +156,13 @@ def findings(frame: pd.DataFrame) -> list[str]:
     once = frame[(frame["expert"] < frame["other"]) & frame["lift"].notna()]
     if once.empty:
         return ["No token used two experts of a layer."]
-    linked = once[(once["q"] < SIGNIFICANT) & (once["lift"] > 1)]
-    twice = linked[linked["lift"] >= 2]
+    found = linked(once)
     sentences = [
-        f"{len(linked):,} of {len(once):,} pairs of experts meet on one token more often than their loads explain "
-        f"(false-discovery rate {SIGNIFICANT:.0%}), {len(twice):,} of them at least twice as often."
+        f"{len(found):,} of {len(once):,} pairs of experts meet on one token more often than their loads explain "
+        f"(false-discovery rate {SIGNIFICANT:.0%}), {(found['lift'] >= 2).sum():,} of them at least twice as often."
     ]
-    if len(linked):
-        # Rare pairs have the largest lifts and matter least: the pair with most tokens above chance says more.
-        top = linked.iloc[(linked["count"] - linked["expected"]).argmax()]
+    if len(found):
+        top = found.iloc[0]
         sentences.append(
             f"The pair that stands out most: experts {top['expert']:.0f} and {top['other']:.0f} of layer "
             f"{top['layer']:.0f} meet on {top['count'] / top['n_tokens']:.1%} of the tokens, {top['lift']:.1f} times "

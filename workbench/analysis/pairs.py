@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 from numba import njit
 from scipy import stats
 
@@ -22,6 +23,8 @@ MOST_CELLS = 1 << 25
 """Numbers in the tables of all blocks together: very many experts leave fewer blocks."""
 FEWEST_BLOCKS = 8
 EMPTY = int(NO_EXPERT)
+SIGNIFICANT = 0.05
+"""False-discovery rate below which findings call two experts linked."""
 
 
 @dataclass(frozen=True)
@@ -217,3 +220,12 @@ def deviation(pairs: Pairs, expected: np.ndarray, correction: np.ndarray) -> np.
     error = np.sqrt(np.maximum(seen, expected * np.outer(1 - left, 1 - right)))
     p = 2 * stats.t.sf(np.abs(ratio(mean, error)), n_blocks - 1)
     return np.where(expected > 0, p, np.nan)
+
+
+def linked(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose experts meet more often than expected, the one with most tokens above expectation first.
+
+    Rare pairs have the largest lifts and matter least: that one says more.
+    """
+    found = frame[(frame["q"] < SIGNIFICANT) & (frame["lift"] > 1)]
+    return found.loc[(found["expected"] - found["count"]).sort_values(kind="stable").index]
