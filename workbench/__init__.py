@@ -14,11 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+_INTERVENTIONS = (
+    "Ablate", "Bias", "Contrast", "Delta", "Forbid", "Force", "RandomExperts", "Remix", "Replay", "Scale", "SetTopK",
+    "TopP",
+)  # fmt: skip
 _HOME = {
     "load": "workbench.models",
     "trace": "workbench.capture",
     "Trace": "workbench.tracefile",
     "from_arrays": "workbench.arrays",
+    "intervene": "workbench.intervening",
+    **dict.fromkeys(_INTERVENTIONS, "workbench.interventions"),
+    **dict.fromkeys(("Recipe", "read_recipe", "write_recipe"), "workbench.recipe"),
     "InputError": "workbench.errors",
     "RunError": "workbench.errors",
 }
@@ -29,10 +36,30 @@ if TYPE_CHECKING:
     from workbench.capture import trace as trace
     from workbench.errors import InputError as InputError
     from workbench.errors import RunError as RunError
+    from workbench.intervening import intervene as intervene
+    from workbench.interventions import Ablate as Ablate
+    from workbench.interventions import Bias as Bias
+    from workbench.interventions import Contrast as Contrast
+    from workbench.interventions import Delta as Delta
+    from workbench.interventions import Forbid as Forbid
+    from workbench.interventions import Force as Force
+    from workbench.interventions import RandomExperts as RandomExperts
+    from workbench.interventions import Remix as Remix
+    from workbench.interventions import Replay as Replay
+    from workbench.interventions import Scale as Scale
+    from workbench.interventions import SetTopK as SetTopK
+    from workbench.interventions import TopP as TopP
     from workbench.models import load as load
+    from workbench.recipe import Recipe as Recipe
+    from workbench.recipe import read_recipe as read_recipe
+    from workbench.recipe import write_recipe as write_recipe
     from workbench.tracefile import Trace as Trace
 
-__all__ = ["InputError", "RunError", "Trace", "analysis", "from_arrays", "load", "trace"]
+__all__ = [
+    "Ablate", "Bias", "Contrast", "Delta", "Forbid", "Force", "InputError", "RandomExperts", "Recipe", "Remix",
+    "Replay", "RunError", "Scale", "SetTopK", "TopP", "Trace", "analysis", "from_arrays", "intervene", "load",
+    "read_recipe", "trace", "write_recipe",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

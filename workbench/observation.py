@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.errors import RunError
 from workbench.layers import Layer
@@ -81,8 +81,11 @@ def decode(layer: Layer, selection: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     return ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1])
 
 
-def observation(layer: Layer, seen: Seen, record: frozenset[str]) -> Observation:
-    """Decode and check what one layer saw in one pass."""
+def observation(layer: Layer, seen: Seen, record: frozenset[str], *, zeroed: bool = False) -> Observation:
+    """Decode and check what one layer saw in one pass.
+
+    zeroed  whether a weight of 0 means that the token doesn't have the expert, as under some interventions
+    """
     ids, weights = decode(layer, seen.selection)
     batch, length = seen.shape
     if length >= 0 and len(ids) != batch * length:
@@ -90,8 +93,15 @@ def observation(layer: Layer, seen: Seen, record: frozenset[str]) -> Observation
             f"{layer.name} routed {len(ids)} of {batch * length} tokens (batch {batch} × length {length}): only some "
             "of the input goes through it, as when images have experts of their own. Trace text without images."
         )
-    if layer.family.skips:
+    extras = dict(seen.extras)
+    if layer.family.skips or zeroed:
         ids = ids.masked_fill(weights == 0, -1)
+    if zeroed:  # the experts that are left come first, and every pass is as wide as any
+        order = (ids < 0).to(torch.int8).argsort(dim=-1, stable=True)
+        ids = _wide(ids.gather(-1, order), layer.top_k, -1)
+        weights = _wide(weights.gather(-1, order), layer.top_k, 0)
+        if "norms" in extras:
+            extras["norms"] = _wide(extras["norms"].gather(-1, order), layer.top_k, 0)
     none = ids < 0
     if layer.top_k > 1:
         ranked = ids.sort(-1).values
@@ -99,7 +109,6 @@ def observation(layer: Layer, seen: Seen, record: frozenset[str]) -> Observation
             raise RunError(f"{layer.name} gave a token the same expert twice: the record can't be what the router did.")
     if len(ids) and not bool(none.all()) and not bool(weights.any()):
         raise RunError(f"{layer.name} gave every expert the weight 0: the record can't be what the router did.")
-    extras = dict(seen.extras)
     if "weights" in record:
         extras["weights"] = weights.float().masked_fill(none, 0.0)
     if "norms" in extras:
@@ -108,3 +117,7 @@ def observation(layer: Layer, seen: Seen, record: frozenset[str]) -> Observation
     if "margin" in record and "margin" not in shaped:  # hash layers
         shaped["margin"] = torch.full((batch, length), torch.nan, device=ids.device)
     return Observation(experts=ids.long().reshape(batch, length, -1), **shaped)
+
+
+def _wide(values: Tensor, width: int, fill: int) -> Tensor:
+    return nn.functional.pad(values, (0, width - values.shape[-1]), value=fill)

@@ -36,7 +36,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from workbench import lookahead, residual
+from workbench.contributions import contributions, filler
 from workbench.errors import InputError, RunError
+from workbench.hooked import INTERVENED, RECORDED
 from workbench.layers import Layer
 from workbench.models import Model
 from workbench.observation import Observation, Seen, chosen, observation, unsort
@@ -63,7 +65,9 @@ class Recorder:
         if unknown:
             names = ", ".join(("ids", *FIELDS, *OF_MOST_FAMILIES))
             raise InputError(f"can't record {', '.join(unknown)}: choose from {names}.")
-        self._layers = model.layers
+        self._module = model.module
+        self._layers = self._own = model.layers
+        self._zeroed: Collection[int] = ()  # layers where interventions say that weight 0 means no expert
         self._record = frozenset(record)
         if self._record & {"entropy", "probabilities"}:
             for layer in self._layers:
@@ -89,6 +93,10 @@ class Recorder:
         self._extras: dict[str, Tensor] = {}
 
     def __enter__(self) -> Recorder:
+        edited = INTERVENED.get(self._module)
+        self._layers = self._own if edited is None else edited.layers
+        self._zeroed = () if edited is None else edited.zeroed
+        RECORDED[self._module] = RECORDED.get(self._module, 0) + 1
         try:
             owners = {id(layer.owner): layer.owner for layer in self._layers}
             for owner in owners.values():
@@ -104,6 +112,7 @@ class Recorder:
         self._remove()
 
     def _remove(self) -> None:
+        RECORDED[self._module] -= 1
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -135,7 +144,9 @@ class Recorder:
                     f"{len(missed)} of {len(layers)} routers saw nothing in a forward pass, the first of them "
                     f"{missed[0]}: the pass ended early, or something bypasses these modules."
                 )
-            taken.append([observation(layers[index], seen[index], self._record) for index in sorted(seen)])
+            taken.append(
+                [observation(layers[i], seen[i], self._record, zeroed=i in self._zeroed) for i in sorted(seen)]
+            )
         return taken
 
     # -- hooks -------------------------------------------------------------------------------------------------------
@@ -271,21 +282,12 @@ class Recorder:
 
 
 def _norms(layer: Layer, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Norms (T, k) of the selected experts' outputs: the family's own experts run again, one expert a row, weight 1.
-
-    `forward` and not the module itself is called: hooks must not see this second run.
-    """
+    """Norms (T, k) of the selected experts' outputs: the family's own experts run again, one expert a row, weight 1."""
     hidden = hidden.detach().reshape(-1, hidden.shape[-1])
-    with torch.no_grad():
-        if layer.family.layout == "one-hot":
+    if layer.family.layout == "one-hot":
+        with torch.no_grad():
             out = layer.experts.forward(hidden, ids, torch.ones_like(weights))
-            return out.float().norm(dim=-1, keepdim=True)
-        ids = ids.reshape(-1, ids.shape[-1])
-        rows = hidden.repeat_interleave(ids.shape[-1], dim=0)
-        ones = torch.ones(len(rows), 1, dtype=weights.dtype, device=weights.device)
-        ids_of_rows, weights_of_rows = ids.reshape(-1, 1), ones
-        if layer.family.two_ranks:
-            ids_of_rows = torch.cat([ids_of_rows, torch.full_like(ids_of_rows, layer.n_experts - 1)], -1)
-            weights_of_rows = torch.cat([ones, torch.zeros_like(ones)], -1)
-        out = layer.experts.forward(rows, ids_of_rows, weights_of_rows)
-        return out.reshape(len(rows), -1).float().norm(dim=-1).view(ids.shape)
+        return out.float().norm(dim=-1, keepdim=True)
+    ids = ids.reshape(-1, ids.shape[-1])
+    ones = torch.ones(ids.shape, dtype=weights.dtype, device=weights.device)
+    return contributions(layer.experts.forward, hidden, ids, ones, filler(layer)).float().norm(dim=-1)

@@ -302,3 +302,16 @@ def _fitted(
         chosen = np.r_[0:before, start : min(start + room, n - after), n - after : n]
         pieces.append((token_ids[chosen], phase[chosen]))
     return pieces
+
+
+def token_texts(tokenizer, token_ids: list[int]) -> dict[int, str]:
+    """The text of each token id, special tokens included.
+
+    A byte of a longer character decodes to U+FFFD; its vocabulary entry (`Ã`, `<0xE2>`) tells more, so that is kept.
+    """
+    decoded = [tokenizer.decode([token_id], clean_up_tokenization_spaces=False) for token_id in token_ids]
+    entries = tokenizer.convert_ids_to_tokens(token_ids)
+    return {
+        token_id: (entry or "") if "\ufffd" in text else text
+        for token_id, text, entry in zip(token_ids, decoded, entries, strict=True)
+    }

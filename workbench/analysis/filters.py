@@ -103,16 +103,21 @@ def by_position(trace: Trace, given: str) -> np.ndarray:
     position = trace.tokens()["pos"].to_numpy()
     chosen = np.zeros(len(position), bool)
     for value in values("position", given):
-        bounds = re.fullmatch(r"(\d+)(?:([-–])(\d+)|(\+))?", value)
-        if bounds is None:
-            raise InputError(f"position is {value!r}; expected a number, a range as in 4-15, or 256+.")
-        first = int(bounds[1])
-        last = int(bounds[3]) if bounds[2] else np.inf if bounds[4] else first
+        first, last = bounds(value)
         found = (position >= first) & (position <= last)
         if not found.any():
             raise InputError(f"no token has position {value}; the longest sequence ends at {position.max(initial=0)}.")
         chosen |= found
     return chosen
+
+
+def bounds(value: str) -> tuple[int, float]:
+    """First and last position of `4`, `4-15` or `256+`."""
+    found = re.fullmatch(r"(\d+)(?:([-–])(\d+)|(\+))?", value)
+    if found is None:
+        raise InputError(f"position is {value!r}; expected a number, a range as in 4-15, or 256+.")
+    first = int(found[1])
+    return first, int(found[3]) if found[2] else np.inf if found[4] else first
 
 
 def by_token(trace: Trace, sign: str, given: str) -> np.ndarray:
