@@ -171,14 +171,18 @@ def _tensor(values: Any, like: Tensor) -> Tensor:
 
 
 def _remixed(layer: Layer, z: Tensor, target: Tensor, alpha: float) -> Tensor:
-    """Logits whose probabilities are alpha · p + (1 - alpha) · target, and whose scores sum to what they did."""
+    """Logits whose probabilities are alpha · p + (1 - alpha) · target.
+
+    Their scores sum to what they did, or, since a sigmoid stays below 1, to as much of it as they can.
+    """
     log_p = log_probabilities(z.float(), layer.scoring)
     mixed = alpha * log_p.exp() + (1 - alpha) * target / target.sum()
     mixed = mixed.clamp_min(torch.finfo(torch.float32).tiny)
     if layer.scoring == "softmax":
         new = mixed.log() + z.float().logsumexp(-1, keepdim=True)
     elif layer.scoring == "sigmoid":
-        new = (mixed * z.float().sigmoid().sum(-1, keepdim=True)).clamp_max(1 - 1e-6).logit()
+        most = (1 - 1e-4) / mixed.max(-1, keepdim=True).values
+        new = (mixed * z.float().sigmoid().sum(-1, keepdim=True).minimum(most)).logit()
     else:  # sqrt-softplus: the score squared is softplus(z)
         total = torch.nn.functional.softplus(z.float()).sqrt().sum(-1, keepdim=True)
         squared = (mixed * total).square()

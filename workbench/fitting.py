@@ -33,6 +33,11 @@ NO_INTERVENTION: dict[str, str] = {
     "product keys": "one module makes its logits, selects and runs its experts, with nothing in between to edit",
 }
 """Layout -> why it can't be intervened on."""
+TRANSFORMED: dict[str, str] = {
+    "laguna": "its router caps its logits after its linear layer, so probabilities don't follow from what is edited",
+    "muse_spark": "its router multiplies its logits after its linear layer, so probabilities don't follow from them",
+}
+"""Family -> why Remix and TopP, which work on router probabilities, aren't possible."""
 Placed = tuple[Intervention, int]
 """An edit of one layer, and the place in the list of the intervention that it comes from."""
 
@@ -108,6 +113,8 @@ def _check_edit(layer: Layer, edit: Intervention) -> None:
             )
     if isinstance(edit, Remix) and layer.scoring == "hash":
         raise InputError(f"{where}: a hash layer has no probabilities to remix; its experts follow from the token id.")
+    if isinstance(edit, Remix | TopP) and family_of(layer.router) in TRANSFORMED:
+        raise InputError(f"{where}: {TRANSFORMED[family_of(layer.router)]}. Use Bias, Delta or SetTopK.")
     if isinstance(edit, SetTopK | TopP):
         why = _fixed_k(layer)
         if why:

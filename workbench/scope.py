@@ -117,7 +117,8 @@ def check(scope: str, tokenizer: Any) -> None:
     """InputError if this is no scope, or one about text for a model without a tokenizer."""
     if scope == ALL:
         return
-    if tokenizer is None and any(name in ("token", "text") for name, _, _ in conditions(scope)):
+    named = {name for name, _, _ in conditions(scope)}
+    if tokenizer is None and named & {"token", "text"}:
         raise InputError(f"scope {scope!r} is about text, but the model has no tokenizer: load it with one.")
 
 
