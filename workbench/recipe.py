@@ -51,9 +51,11 @@ def of_model(model: Model) -> dict[str, Any]:
 
 
 def of_trace(trace: Trace) -> dict[str, Any]:
-    """The model that a run was recorded with, as a recipe names it."""
+    """The model that a run was recorded with, as a recipe names it; {} where the run doesn't say, as from arrays."""
     runs = trace.runs()
     run = runs.loc[runs["run"] == trace.run].iloc[0]
+    if not isinstance(run["model"], str) or not isinstance(run["family"], str):
+        return {}
     layers = trace.layers[["n_experts", "top_k"]].astype(int).to_numpy().tolist()
     return {"name": run["model"], "family": run["family"], "layers": layers}
 
@@ -130,8 +132,10 @@ def from_json(found: Any) -> Recipe:
         raise InputError(f"version is {found.get('version')!r}; this version of the workbench reads {VERSION}.")
     _known(found, _KEYS, "a recipe")
     model, source = (_mapping(found.get(name, {}), name) for name in ("model", "source"))
-    if model and not {"name", "family", "layers"} <= model.keys():
-        raise InputError('model: expected "name", "family" and "layers", or none at all for a recipe of any model.')
+    if model and not _is_model(model):
+        raise InputError(
+            'model: expected "name", "family" and "layers", a list of [experts, k], or none of them for any model.'
+        )
     return Recipe(_interventions(found.get("interventions"), "interventions"), model, source)
 
 
@@ -151,6 +155,18 @@ def check_model(recipe: Recipe, model: Model) -> None:
         f"the recipe is for {_described(recipe.model)}, this is {_described(here)}: expert numbers mean nothing in "
         "another model. Find experts in a trace of this one; or, if the two share their experts (a renamed or "
         'fine-tuned checkpoint), take "model" out of the recipe.'
+    )
+
+
+def _is_model(model: Mapping[str, Any]) -> bool:
+    named = isinstance(model.get("name"), str) and isinstance(model.get("family"), str)
+    layers = model.get("layers")
+    return (
+        named
+        and isinstance(layers, list)
+        and all(
+            isinstance(layer, list) and len(layer) == 2 and all(isinstance(n, int) for n in layer) for layer in layers
+        )
     )
 
 
