@@ -148,6 +148,27 @@ def test_logits_can_be_moved(family: str) -> None:
         assert out.isfinite().all() and not torch.equal(out, plain), edit
 
 
+def generates(family: str) -> bool:
+    return family != "switch_transformers" and getattr(model(family).module, "can_generate", lambda: False)()
+
+
+@pytest.mark.parametrize("family", [name for name in EDITED if generates(name)])
+def test_what_is_generated_is_told_from_the_prompt_in_cached_generation(family: str) -> None:
+    made = model(family)
+    ids = tiny.inputs(made.module, 2, 6)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    edits = [wb.Force(layer=0, experts=[6], scope="phase=generated", level="selection")]
+    edits.append(wb.Forbid(layer=0, experts=[5], scope="phase=prompt"))
+    with torch.inference_mode(), wb.intervene(made, edits) as applied, Recorder(made) as recorder:
+        made.module.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert applied.touched[0] == 2 * 2
+    prompt, *steps = recorder.take()
+    assert len(steps) == 2
+    assert all((step[0].experts == 6).any(-1).all() for step in steps)
+    assert not ((prompt[0].experts == 5).any(-1) & mask.bool()).any()
+
+
 def test_a_family_without_a_place_to_edit_is_refused() -> None:
     with (
         pytest.raises(InputError, match="doge can't be intervened on: one module"),
