@@ -8,8 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint
@@ -18,38 +16,12 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from commandline import Command, refused
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from workbench import analysis, cli
-from workbench.__main__ import main
 from workbench.schema import RECORDABLE
 from workbench.tracefile import Trace
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture
-def workbench(capsys, monkeypatch) -> Command:
-    """`workbench …` in this process, as `python -m workbench` calls it: an exception that it doesn't expect fails."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["workbench", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Result(int(ended.value.code or 0), out, err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +51,6 @@ def file(folder: Path) -> Path:
 
 def tracing(folder: Path, out: Path, *more: object, corpus: object = None, model: object = None) -> list[object]:
     return ["trace", model or folder / "model", "--corpus", corpus or folder / "texts.jsonl", "--out", out, *more]
-
-
-def refused(result: Result, *parts: str) -> None:
-    """Exit code 2 and one line that has each of the parts."""
-    assert result.code == 2, result
-    assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
-    for part in parts:
-        assert part in result.err, result.err
 
 
 # trace

@@ -115,7 +115,7 @@ def test_max_tokens_and_long_texts():
         ({"others": {"original": "x"}}, "can't be called 'original'"),
         ({"others": {"random 3": "x"}}, "can't be called 'random 3'"),
         ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"corpus": from_rows(["a"], "one")}, "one: no text has two tokens"),
+        ({"corpus": from_rows(["a"], "one")}, "no text of the corpus has two tokens"),
     ],
 )
 def test_bad_requests(options: Any, message: str):

@@ -7,6 +7,7 @@ sequences alone and a batch is committed whole, so a resumed run repeats exactly
 import platform
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Several
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,11 +18,14 @@ from tqdm.auto import tqdm
 from workbench import corpus as corpora
 from workbench.errors import InputError
 from workbench.forward import predicts_next, reads_twice, run_batch
+from workbench.intervening import Given, effective_top_k, intervene
+from workbench.interventions import Contrast
 from workbench.models import Model, load
+from workbench.recipe import Recipe, as_recipe, to_json
 from workbench.recorder import Recorder
 from workbench.schema import RECORDABLE, UNKNOWN_TOKEN
 from workbench.store import Writer, check_target
-from workbench.tokenization import LongTexts, Sequence, batches, sequences, survey
+from workbench.tokenization import LongTexts, Sequence, batches, sequences, survey, token_texts
 from workbench.tracefile import Trace
 
 
@@ -38,6 +42,7 @@ def trace(
     long_texts: LongTexts = "refuse",
     batch_tokens: int = 4096,
     generate: int = 0,
+    recipe: Given | None = None,
     progress: bool = True,
 ) -> Trace:
     """Record the routing of every token of `corpus` under `model` into the file `out`.
@@ -46,24 +51,30 @@ def trace(
     corpus        bundled names, paths or `workbench.corpus.read(…)` results; several are traced one after the other
     record        any of `workbench.schema.RECORDABLE`; ids are always recorded, profiles are each sequence's mean
                   router probabilities; shift and lookahead can't be recorded of every family
-    run           name of the run inside the file; by default the model's and the corpora's
+    run           name of the run inside the file; by default the model's and the corpora's, and the recipe's file's
     mode          "new" (refuse an existing file), "overwrite", "append" (one more run) or "resume" (finish a run)
     max_tokens    stop after the sequence that reaches this many tokens
     max_length    longest sequence in tokens; by default what the model allows
     long_texts    "refuse", "split" into consecutive sequences, or "cut" what exceeds max_length
     batch_tokens  padded tokens a forward pass, at most (a longer single sequence still gets a batch of its own)
     generate      greedy tokens to generate after each sequence, routed and recorded as phase "generated"
+    recipe        interventions in force, whatever `workbench.intervene` takes; the run's column `recipe` has them
 
     Raises InputError before anything is written if the request can't be met, RunError if the run breaks off; whole
-    sequences committed until then stay in the file and `mode="resume"` continues.
+    sequences committed until then stay in the file and `mode="resume"` continues. So does an intervention that touched
+    no token of a run; of the rest of a resumed run nothing is asked.
     """
     check_target(out, mode)  # before anything slow
+    edited = None if recipe is None else as_recipe(recipe)
+    if edited is not None and not generate and any(isinstance(one, Contrast) for one in edited.interventions):
+        raise InputError("the recipe has a Contrast, which is about generated tokens: trace with --generate")
     record = _recordable(record)
     sources = _read(corpus)
     model = model if isinstance(model, Model) else load(model)
     _check(model, max_tokens, batch_tokens, generate)
     if "predictions" in record and (reads_twice(model) or not predicts_next(model)):
         raise InputError(f"{model.family} doesn't predict the next token of a text: trace it without predictions")
+    top_k = None if edited is None else effective_top_k(model, edited)
     recorder = Recorder(model, _observed(record))
     limit = _max_length(model, max_length, generate)
 
@@ -72,7 +83,7 @@ def trace(
 
     plan = survey(tqdm(texts(), desc="reading", unit=" texts", disable=None if progress else True, leave=False))
     names = [source.name for source in sources]
-    run = run or f"{Path(model.name).name}.{'+'.join(Path(name).name for name in names)}"
+    run = run or ".".join([Path(model.name).name, "+".join(Path(name).name for name in names), *_steered(recipe)])
     request = {
         "names": names,
         "fingerprint": plan.fingerprint,
@@ -83,7 +94,7 @@ def trace(
         "batch_tokens": batch_tokens,
         "generate": generate,
     }
-    with Writer(out, header(model, run, record, request), layer_rows(model), mode=mode) as writer:
+    with Writer(out, header(model, run, record, request, edited), layer_rows(model, top_k), mode=mode) as writer:
         done = writer.finished_sequences
         bar = tqdm(
             total=plan.n_tokens + generate * plan.n_sequences,
@@ -92,14 +103,15 @@ def trace(
             unit_scale=True,
             disable=None if progress else True,
         )
-        with bar, recorder, torch.inference_mode():
+        edits = nullcontext() if edited is None else intervene(model, edited, idle=bool(done))
+        with bar, edits, recorder, torch.inference_mode():
             named: set[int] = set()
             for batch in batches(texts(), batch_tokens):
                 if not done.issuperset(sequence.seq for sequence in batch):
                     block = run_batch(model, recorder, batch, generate, predict="predictions" in record)
                     ids = [block.tokens[name] for name in ("token_id", "predicted") if name in block.tokens]
                     new = set(np.unique(np.concatenate(ids)).tolist()) - named - {UNKNOWN_TOKEN}
-                    writer.add_vocabulary(_texts_of(model.tokenizer, sorted(new)))
+                    writer.add_vocabulary(token_texts(model.tokenizer, sorted(new)))
                     writer.append(block)
                     named |= new
                 bar.update(sum(len(sequence.token_ids) + generate for sequence in batch))
@@ -131,11 +143,16 @@ def _texts(
     found = sequences(
         sources, model.tokenizer, max_length=max_length, long_texts=long_texts, generation_prompt=generation_prompt
     )
-    found = _embeddable(found, model)
+    found = embeddable(found, model)
     return found if max_tokens is None else _until(found, max_tokens)
 
 
-def header(model: Model, run: str, record: list[str], request: dict) -> dict:
+def _steered(recipe: Given | None) -> list[str]:
+    """What tells an intervened run's name apart from that of the same run without."""
+    return [] if recipe is None else [Path(recipe).stem if isinstance(recipe, str | Path) else "steered"]
+
+
+def header(model: Model, run: str, record: list[str], request: dict, recipe: Recipe | None = None) -> dict:
     """What the table `runs` says of a run; `request` is the column `corpus`."""
     return {
         "run": run,
@@ -144,17 +161,18 @@ def header(model: Model, run: str, record: list[str], request: dict) -> dict:
         "family": model.family,
         "engine": "hf",
         "dtype": model.dtype,
-        "recipe": None,
+        "recipe": None if recipe is None else to_json(recipe),
         "recorded": record,
         "corpus": request,
         "versions": _versions(),
     }
 
 
-def layer_rows(model: Model) -> list[dict]:
-    """The table `layers`: one row a router, in the order of execution."""
+def layer_rows(model: Model, top_k: list[int] | None = None) -> list[dict]:
+    """The table `layers`: one row a router, in the order of execution. top_k: of each, where it isn't the model's."""
     names = ("name", "n_experts", "top_k", "n_shared", "gating", "stack")
-    return [{"layer": layer.index} | {name: getattr(layer, name) for name in names} for layer in model.layers]
+    rows = [{"layer": layer.index} | {name: getattr(layer, name) for name in names} for layer in model.layers]
+    return [row | {"top_k": k} for row, k in zip(rows, top_k or [row["top_k"] for row in rows], strict=True)]
 
 
 def _recordable(record: Iterable[str]) -> list[str]:
@@ -208,7 +226,7 @@ def _read(corpus: str | Path | corpora.Corpus | Several[str | Path | corpora.Cor
     return [one if isinstance(one, corpora.Corpus) else corpora.read(one) for one in several]
 
 
-def _embeddable(found: Iterable[Sequence], model: Model) -> Iterator[Sequence]:
+def embeddable(found: Iterable[Sequence], model: Model) -> Iterator[Sequence]:
     """The same sequences; InputError for a token id that the model has no embedding for."""
     n = model.module.get_input_embeddings().num_embeddings  # type: ignore[operator]
     for sequence in found:
@@ -233,16 +251,3 @@ def _until(found: Iterable[Sequence], max_tokens: int) -> Iterator[Sequence]:
 def _versions() -> dict[str, str]:
     packages = ("moe-workbench", "torch", "transformers", "duckdb")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def _texts_of(tokenizer, token_ids: list[int]) -> dict[int, str]:
-    """The text of each token id, special tokens included.
-
-    A byte of a longer character decodes to U+FFFD; its vocabulary entry (`Ã`, `<0xE2>`) tells more, so that is kept.
-    """
-    decoded = [tokenizer.decode([token_id], clean_up_tokenization_spaces=False) for token_id in token_ids]
-    entries = tokenizer.convert_ids_to_tokens(token_ids)
-    return {
-        token_id: (entry or "") if "\ufffd" in text else text
-        for token_id, text, entry in zip(token_ids, decoded, entries, strict=True)
-    }

@@ -216,15 +216,24 @@ def line(
 
 
 def dots(
-    result: go.Figure, x: Iterable, names: Sequence[str], low: Iterable, high: Iterable, *, panel: int = 0
+    result: go.Figure,
+    x: Iterable,
+    names: Sequence[str],
+    low: Iterable,
+    high: Iterable,
+    *,
+    panel: int = 0,
+    style: Style = MAIN,
+    name: str = "",
+    legend: bool = False,
 ) -> None:
     """Add a row a name: a dot and its interval. The names are used as they are: escape them."""
     x, low, high = (np.asarray(values, float) for values in (x, low, high))
     result.add_scatter(
-        x=x, y=np.array(names), **axes(panel), mode="markers", marker={"color": MAIN.colour, "size": 7},
-        showlegend=False,
+        x=x, y=np.array(names), **axes(panel), mode="markers", marker={"color": style.colour, "size": 7},
+        name=plain(name), showlegend=legend,
         error_x={"type": "data", "array": high - x, "arrayminus": x - low, "thickness": 1.5, "width": 0,
-                 "color": faded(MAIN.colour, 0.55)},
+                 "color": faded(style.colour, 0.55)},
         customdata=np.column_stack([low, high]),
         hovertemplate="%{y}<br>%{x:+.3f} [%{customdata[0]:+.3f}, %{customdata[1]:+.3f}]<extra></extra>",
     )  # fmt: skip

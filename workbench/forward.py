@@ -188,12 +188,14 @@ def _block(
     return Block(
         sequences=rows,
         tokens=tokens,
-        routing=[_routing(layer, places) for layer in observed],
+        routing=[routing(layer, places) for layer in observed],
         profiles=None if observed[0].probabilities is None else [_profile(layer, kept) for layer in observed],
     )
 
 
-def _routing(observed: Observation, places: torch.Tensor | None) -> Routing:
+def routing(observed: Observation, places: torch.Tensor | None) -> Routing:
+    """A layer's routing in NumPy, of the tokens at `places` of the flattened batch; None stands for all of them."""
+
     def rows(values: torch.Tensor | None) -> np.ndarray | None:
         return None if values is None else _rows(values, places).float().cpu().numpy()
 

@@ -12,6 +12,7 @@ say nothing about other random draws, whose spread the rows `random` show.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Several
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ import torch
 
 from workbench import corpus as corpora
 from workbench.analysis.resampling import draws, interval
+from workbench.capture import read_texts
 from workbench.errors import InputError
 from workbench.forward import next_token_nll, pad_id, padded, predicts_next, reads_twice
 from workbench.models import Model, load
 from workbench.prune import at_random
 from workbench.subset import subset
-from workbench.tokenization import LongTexts, Sequence, batches, sequences
+from workbench.tokenization import LongTexts, Sequence, batches
 
 RANDOM = "random"
 
@@ -61,7 +63,7 @@ def compare_losses(
     for name in others:
         if name == "original" or name.startswith(RANDOM):
             raise InputError(f"a checkpoint can't be called {name!r} here: the model and its controls are.")
-    texts = _texts(original, corpus, max_tokens, max_length, long_texts)
+    texts = texts_with_loss(original, corpus, max_tokens=max_tokens, max_length=max_length, long_texts=long_texts)
     text = np.unique([sequence.sha256 for sequence in texts], return_inverse=True)[1]
     grouped = list(batches(texts, batch_tokens))
 
@@ -103,12 +105,34 @@ def compare_losses(
 def sequence_losses(model: Model, grouped: Iterable[list[Sequence]]) -> Iterator[tuple[int, float, int]]:
     """(seq, sum of nats, predicted tokens) of each sequence, batch by batch."""
     for batch in grouped:
-        ids, mask = padded(batch, pad_id(model), "right", model.device)
-        with torch.inference_mode():
-            logits = model.module(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            nll = next_token_nll(logits, ids).double().masked_fill(~mask.bool(), torch.nan)
+        logits, ids, mask = next_token_logits(model, batch)
+        nll = next_token_nll(logits, ids).double().masked_fill(~mask, torch.nan)
         for sequence, total, n in zip(batch, nll.nansum(1).tolist(), mask.sum(1).tolist(), strict=True):
             yield sequence.seq, total, n - 1
+
+
+def next_token_logits(model: Model, batch: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (B, S, V), token ids int64 (B, S) and which of them are of texts, bool (B, S): padding is on the right."""
+    ids, mask = padded(batch, pad_id(model), "right", model.device)
+    with torch.inference_mode():
+        return model.module(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask.bool()
+
+
+def texts_with_loss(
+    model: Model,
+    corpus: str | Path | corpora.Corpus | Several[str | Path | corpora.Corpus],
+    *,
+    max_tokens: int | None = None,
+    max_length: int | None = None,
+    long_texts: LongTexts = "cut",
+) -> list[Sequence]:
+    """`capture.read_texts`, and InputError where the model or the texts leave no token to predict."""
+    if reads_twice(model) or not predicts_next(model):
+        raise InputError(f"{model.family} doesn't predict the next token, so it has no loss to compare.")
+    taken = read_texts(model, corpus, max_tokens=max_tokens, max_length=max_length, long_texts=long_texts)
+    if all(len(sequence.token_ids) < 2 for sequence in taken):
+        raise InputError("no text of the corpus has two tokens, so nothing is predicted in it.")
+    return taken
 
 
 def findings(frame: pd.DataFrame) -> list[str]:
@@ -132,34 +156,6 @@ def findings(frame: pd.DataFrame) -> list[str]:
             )
         sentences.append(said + ".")
     return sentences
-
-
-def _texts(
-    model: Model,
-    corpus: str | Path | corpora.Corpus,
-    max_tokens: int | None,
-    max_length: int | None,
-    long_texts: LongTexts,
-) -> list[Sequence]:
-    if model.tokenizer is None:
-        raise InputError(f"model {model.name} has no tokenizer: load it with `workbench.load(…, tokenizer=…)`")
-    if reads_twice(model) or not predicts_next(model):
-        raise InputError(f"{model.family} doesn't predict the next token, so it has no loss to compare.")
-    if max_tokens is not None and max_tokens < 1:
-        raise InputError(f"max_tokens is {max_tokens}: give at least 1, or leave it out to read the whole corpus.")
-    limit = max_length or model.max_length
-    if limit is None:
-        raise InputError(f"model {model.name} states no longest sequence: give --max-length")
-    source = corpus if isinstance(corpus, corpora.Corpus) else corpora.read(corpus)
-    taken, total = [], 0
-    for sequence in sequences(source, model.tokenizer, max_length=limit, long_texts=long_texts):
-        taken.append(sequence)
-        total += len(sequence.token_ids)
-        if max_tokens is not None and total >= max_tokens:
-            break
-    if all(len(sequence.token_ids) < 2 for sequence in taken):
-        raise InputError(f"{source.name}: no text has two tokens, so nothing is predicted in it.")
-    return taken
 
 
 def _sizes(model: Model) -> dict[str, int]:

@@ -29,6 +29,11 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def paragraphs(text: str) -> str:
+    """Text in which only printable characters, line ends and tabs are left as they are."""
+    return "".join(c if c in "\n\t" else plain(c) for c in text)
+
+
 def listing(facts: dict, indent: str = "") -> str:
     """Nested facts as indented lines."""
     lines = []

@@ -184,6 +184,12 @@ class Writer:
         name = schema.find_run(con, self.path, self.run["run"])
         had = con.sql("SELECT * FROM runs WHERE run = ?", params=[name]).to_arrow_table().to_pylist()[0]
         for key in ("model", "revision", "family", "engine", "dtype", "recipe", "recorded", "corpus"):
+            if key == "recipe" and had[key] != self.run[key]:
+                without = "was begun without a recipe" if had[key] is None else "has another recipe"
+                raise InputError(
+                    f"run {name!r} in {self.path} can't be resumed: it {without}. Resume with what it was begun with, "
+                    "or use --append or --overwrite."
+                )
             if had[key] != self.run[key]:
                 raise InputError(
                     f"run {name!r} in {self.path} can't be resumed: its {key} is {had[key]!r}, now it is "

@@ -207,3 +207,28 @@ def test_hostile_filter_is_escaped(tmp_path):
     trace = write(tmp_path / "t.duckdb", np.arange(4)[:, None, None], [0, 0, 1, 1], sequences, 4).trace
     frame = contrast(trace, group="lang=<script>", **QUICK)
     assert "<script>" not in figure(frame).to_dict()["layout"]["annotations"][0]["text"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_chance_with_a_divisor_for_each_expert(shared):
+    """As if every expert stood alone; one that can't be divided in a set is not tested."""
+    random = np.random.default_rng(3)
+    activations, long, group, text = noise(random, 12, (20, 40), shared)
+    activations[group == 0, 0] += long[group == 0] / 2
+    divisors = np.column_stack([long, random.integers(1, 50, len(long)), np.where(group == 0, 0, long)])
+    together = rates.chance(activations, divisors, group, text, 99, 0)
+    for expert in (0, 1):
+        alone = rates.chance(activations[:, [expert]], divisors[:, expert], group, text, 99, 0)
+        assert together[expert] == pytest.approx(alone[0])
+    assert together[0] <= 0.05 and math.isnan(together[2])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_noise_with_a_divisor_for_each_expert_is_significant_at_the_nominal_rate(shared):
+    random = np.random.default_rng(4)
+    p = []
+    for trial in range(150):
+        used, _, group, text = noise(random, 30, (20, 60), shared)
+        taste = random.gamma(20, 1 / 20, used.shape)
+        p.append(rates.chance(used * taste, used, group, text, 99, trial))
+    assert 0.02 <= (np.array(p) <= 0.05).mean() <= 0.085

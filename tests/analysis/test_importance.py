@@ -1,6 +1,7 @@
 """Importance scores against loops over tokens, how they are named and given to others, and bits."""
 
 import itertools
+import math
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from routed import full_trace, write
 
 from workbench.analysis.importance import NEEDS, allot, figure, findings, importance
+from workbench.analysis.importance_difference import importance_difference
 from workbench.errors import InputError
 
 E, K, LAYERS = 5, 3, 2
@@ -208,3 +210,60 @@ def test_figure_and_findings(routed, tmp_path):
     assert titles(by) == ["en", "de"]
     one = importance(write(tmp_path / "t", routed[1], SEQ, SEQUENCES, E).trace, n_resamples=5)
     assert len(findings(one)) == 1 and "By frequency" in findings(one)[0]
+
+
+def test_tokens_of_a_filter(routed):
+    """`where` counts only its tokens, in every group; a group without any is gone."""
+    frame = importance(routed[0], where="lang=en & position=1+", n_resamples=50)
+    used = [t for t in range(len(SEQ)) if SEQUENCES["lang"][SEQ[t]] == "en" and t not in np.cumsum([0, *LENGTHS])]
+    for _, row in frame.iterrows():
+        expected = loop(routed, used, row["layer"], row["expert"])
+        assert {name: row[name] for name in NEEDS} == pytest.approx(expected, rel=1e-5)
+    assert (frame["n_tokens"] == len(used)).all() and (frame["n_texts"] == 2).all()
+    by = importance(routed[0], by="lang", where="lang=en & position=1+", n_resamples=0)
+    assert by["group"].unique().tolist() == ["en"]
+    assert np.allclose(by[list(NEEDS)], frame[list(NEEDS)])
+    with pytest.raises(InputError, match="no sequence has lang 'xx'"):
+        importance(routed[0], where="lang=xx")
+
+
+@pytest.mark.parametrize("score", list(NEEDS))
+def test_difference_of_two_sets(routed, score):
+    """Each set against the loop; means over tokens that chose the expert are unknown where none did."""
+    frame = importance_difference(routed[0], group="lang=en", versus="lang=de", score=score, n_resamples=50)
+    en, de = ([t for t in range(len(SEQ)) if SEQUENCES["lang"][SEQ[t]] == lang] for lang in ("en", "de"))
+    assert len(frame) == LAYERS * E and frame["n_texts_versus"].eq(1).all() and frame["low"].isna().all()
+    for _, row in frame.iterrows():
+        sets = [loop(routed, used, row["layer"], row["expert"]) for used in (en, de)]
+        if score in ("output_norm", "reap") and not all(one["frequency"] for one in sets):
+            assert math.isnan(row["difference"]) and math.isnan(row["p"])
+            continue
+        assert row["value"] == pytest.approx(sets[0][score], rel=1e-5)
+        assert row["value_versus"] == pytest.approx(sets[1][score], rel=1e-5)
+        assert row["difference"] == pytest.approx(sets[0][score] - sets[1][score], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("score, planted", [("weighted_norm", 1000.0), ("output_norm", 1000.0), ("reap", 1e-7)])
+def test_difference_is_found_in_any_unit(tmp_path, score, planted):
+    """Expert 1's output is half as large again where the text is code; nothing else differs."""
+    random = np.random.default_rng(5)
+    seq = np.repeat(np.arange(40), 10)
+    experts = np.argsort(random.random((len(seq), 1, E)), axis=2)[..., :2]
+    norms = planted * random.uniform(0.9, 1.1, experts.shape)
+    norms[(experts == 1) & (seq % 2 == 0)[:, None, None]] *= 1.5
+    trace = full_trace(
+        tmp_path / "t.duckdb", experts, n_experts=E, seq=seq, sequences=pd.DataFrame({"domain": ["code", "law"] * 20}),
+        norms=norms, weights=np.full(experts.shape, 0.5),
+    )  # fmt: skip
+    frame = importance_difference(trace, group="domain=code", score=score, n_resamples=200)
+    assert frame.index[frame["q"] < 0.01].tolist() == [1] and frame["difference"].idxmax() == 1
+    assert frame["versus"].eq("everything else").all()
+    ends = frame[["low", "difference", "high"]].to_numpy()[1]
+    assert ends[0] > 0 and (np.diff(ends) > 0).all()
+
+
+def test_difference_errors(routed):
+    with pytest.raises(InputError, match="scores has 'size'"):
+        importance_difference(routed[0], group="lang=en", score="size")
+    with pytest.raises(InputError, match="tokens are both"):
+        importance_difference(routed[0], group="lang=en", versus="lang=en,de", score="frequency")

@@ -39,8 +39,9 @@ from scipy.stats import rankdata
 
 from workbench import figures
 from workbench.analysis.counting import Cells, experts_of, sizes, sort_into_cells
+from workbench.analysis.filters import mask
 from workbench.analysis.resampling import interval
-from workbench.analysis.token_means import by_group, drawn_texts, in_blocks, ratio, resampled
+from workbench.analysis.token_means import by_group, drawn_texts, in_blocks, only, ratio, resampled
 from workbench.errors import InputError
 from workbench.routing import NO_EXPERT
 from workbench.tracefile import Trace
@@ -64,6 +65,7 @@ def importance(
     trace: Trace,
     *,
     by: str | None = None,
+    where: str | None = None,
     scores: tuple[str, ...] | None = None,
     bits: float | None = None,
     bits_by: str | None = None,
@@ -73,6 +75,7 @@ def importance(
     """Importance scores of every expert of every layer.
 
     by           column of the sequences, `phase` or `position`: importance for a language or a domain
+    where        filter of the tokens that count (see workbench.analysis.filters); None: all
     scores       some of those at the top of the file; None: all that the trace allows
     bits         mean bits a weight to give out in each layer, 1 to 8; None: no column `bits`
     bits_by      the score that decides about them; None: the first there is of easy_ep, weighted_norm, reap,
@@ -87,7 +90,10 @@ def importance(
     """
     wanted = possible(trace, scores)
     check_bits(bits, bits_by, wanted)
-    cells = in_blocks(sort_into_cells(trace, by), seed)
+    cells = sort_into_cells(trace, by)
+    if where is not None:
+        cells = only(cells, mask(trace, where), trace.sequence_index())
+    cells = in_blocks(cells, seed)
     drawn = drawn_texts(cells, n_resamples, seed)
     n_groups = len(cells.labels)
     tables = []
@@ -191,16 +197,22 @@ def expert_sums(trace: Trace, layer: int, cells: Cells, scores: Sequence[str]) -
 
 def scored(name: str, found: dict[str, np.ndarray]) -> np.ndarray:
     """A score (…, n_experts) from the sums of `expert_sums`."""
-    if name == "frequency":
-        return ratio(found["count"], found["count"].sum(axis=-1, keepdims=True))
-    if name == "weighted_frequency":
-        return ratio(found["weight"], found["weight"].sum(axis=-1, keepdims=True))
-    if name == "easy_ep":
-        return ratio(found["shifted"], found["known"])
-    if name == "weighted_norm":
-        return ratio(found["output"], found["tokens"])
+    value = ratio(*fraction(name, found))
     # An expert that no token chose has no norm; for pruning it counts as nothing.
-    return np.nan_to_num(ratio(found["norm" if name == "output_norm" else "output"], found["count"]))
+    return np.nan_to_num(value) if name in ("output_norm", "reap") else value
+
+
+def fraction(name: str, found: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """What a score is the ratio of: sums (…, n_experts), and the sums they are divided by, (…, 1 or n_experts)."""
+    if name == "frequency":
+        return found["count"], found["count"].sum(axis=-1, keepdims=True)
+    if name == "weighted_frequency":
+        return found["weight"], found["weight"].sum(axis=-1, keepdims=True)
+    if name == "easy_ep":
+        return found["shifted"], found["known"]
+    if name == "weighted_norm":
+        return found["output"], found["tokens"]
+    return found["norm" if name == "output_norm" else "output"], found["count"]
 
 
 def intervals(

@@ -82,17 +82,22 @@ def chance(
 ) -> np.ndarray:
     """Two-sided p of each expert (n_experts,): how often chance gives as large a difference of rates.
 
-    NaN without permutations, and where all texts have the same rate, so that chance can't move it.
+    n_tokens is what activations are divided by, (n_cells,) or, where each expert has its own, (n_cells, n_experts).
+    NaN without permutations, where all texts have the same rate, so that chance can't move it, and for an expert with
+    nothing to divide by in one of the sets.
     """
     if not n_permutations:
         return np.full(activations.shape[1], np.nan)
+    n_tokens = n_tokens.reshape(len(n_tokens), -1)
     if len(np.intersect1d(text[group == 0], text[group == 1])):  # the sets share texts, so they depend on each other
         reached = signs(activations, n_tokens, group, text, n_permutations, seed)
     else:
         reached = shuffles(activations, n_tokens, group, n_permutations, seed)
-    spread = activations - n_tokens[:, None] * activations.sum(axis=0) / n_tokens.sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread = activations - n_tokens * (activations.sum(axis=0) / n_tokens.sum(axis=0))
     still = np.abs(spread).max(axis=0, initial=0) < TIE * n_tokens.max(initial=1)
-    return np.where(still, np.nan, (1 + reached) / (n_permutations + 1))
+    empty = (sum_by(n_tokens, group, 2) == 0).any(axis=0)
+    return np.where(still | empty, np.nan, (1 + reached) / (n_permutations + 1))
 
 
 def shuffles(
@@ -104,9 +109,7 @@ def shuffles(
     shuffled groups have texts of other lengths than the observed ones, and so another spread.
     """
     n, n_experts = activations.shape
-    rows = np.column_stack(
-        [activations, activations**2, activations * n_tokens[:, None], n_tokens, n_tokens**2, np.ones(n)]
-    )
+    rows = np.column_stack([activations, activations**2, activations * n_tokens, n_tokens, n_tokens**2, np.ones(n)])
     total = rows.sum(axis=0)
     member = (group == 0).astype(float)
     observed = studentised(member @ rows, total, n_experts)
@@ -115,7 +118,8 @@ def shuffles(
     step = max(1, CHUNK // max(n, rows.shape[1], 1))
     for start in range(0, n_permutations, step):
         shuffled = random.permuted(np.tile(member, (min(step, n_permutations - start), 1)), axis=1)
-        reached += (studentised(shuffled @ rows, total, n_experts) >= observed * (1 - TIE)).sum(axis=0)
+        # A shuffled set with nothing to divide by (NaN) counts as one that reached it.
+        reached += (~(studentised(shuffled @ rows, total, n_experts) < observed * (1 - TIE))).sum(axis=0)
     return reached
 
 
@@ -125,9 +129,9 @@ def studentised(group: np.ndarray, total: np.ndarray, n_experts: int) -> np.ndar
     0 where there is no difference, inf where there is one without any spread.
     """
     difference, variance = np.zeros(()), np.zeros(())
+    bounds = np.cumsum([n_experts] * 3 + [(len(total) - 3 * n_experts) // 2] * 2)
     for sign, part in ((1, group), (-1, total - group)):
-        a, aa, an = (part[..., at * n_experts : (at + 1) * n_experts] for at in range(3))
-        n, nn, texts = (part[..., 3 * n_experts + at, None] for at in range(3))
+        a, aa, an, n, nn, texts = np.split(part, bounds, axis=-1)
         with np.errstate(divide="ignore", invalid="ignore"):
             rate = a / n
             # Residuals of a ratio: activations - rate · tokens of each text.
@@ -151,15 +155,16 @@ def signs(
     difference; without a difference they are as often above 0 as below.
     """
     n_texts = int(text.max(initial=-1)) + 1
-    residual = activations - n_tokens[:, None] * activations.sum(axis=0) / n_tokens.sum()
-    size = np.bincount(group, n_tokens, minlength=2)
-    weight = np.where(group == 0, 1 / size[0], -1 / size[1])
-    parts = sum_by(residual * weight[:, None], text, n_texts)
+    size = sum_by(n_tokens, group, 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        residual = activations - n_tokens * (activations.sum(axis=0) / n_tokens.sum(axis=0))
+        weight = np.where(group[:, None] == 0, 1 / size[0], -1 / size[1])
+        parts = sum_by(residual * weight, text, n_texts)
     observed = np.abs(parts.sum(axis=0))
     reached = np.zeros(activations.shape[1])
     random = np.random.default_rng(seed)
     step = max(1, CHUNK // max(n_texts, 1))
     for start in range(0, n_permutations, step):
         turns = random.choice(np.array([-1.0, 1.0]), size=(min(step, n_permutations - start), n_texts))
-        reached += (np.abs(turns @ parts) >= observed * (1 - TIE) - TIE / n_tokens.sum()).sum(axis=0)
+        reached += (np.abs(turns @ parts) >= observed * (1 - TIE) - TIE / n_tokens.sum(axis=0)).sum(axis=0)
     return reached

@@ -20,17 +20,17 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Generator
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from workbench.bench import causal, steering
+from workbench.bench.turns import Ids, Way, forward, ratio, show, step, take_turns
 from workbench.capture import header, layer_rows
 from workbench.forward import next_token_nll, run_batch
 from workbench.models import Model, load
@@ -38,11 +38,6 @@ from workbench.recorder import Recorder
 from workbench.store import Writer
 from workbench.tokenization import Sequence
 from workbench.tracefile import Trace
-
-Ids = Callable[[], np.ndarray]
-"""The ids of the last batch, sorted, as integers (layers, tokens, k). Reading them back is not timed."""
-Way = Callable[[list[torch.Tensor], Path], Generator[None, None, Ids]]
-"""Runs one batch a turn, keeping what it keeps in a folder; its last turn closes what it has open."""
 
 
 def run(quick: bool = False) -> dict[str, Any]:
@@ -58,21 +53,17 @@ def run(quick: bool = False) -> dict[str, Any]:
         "torch": torch.__version__,
         "demo": _compare(demo, rounds, *((2, 2, 64) if quick else (32, 8, 256))),
         "mid-size": _compare(mid, rounds, *((2, 2, 64) if quick else (8, 8, 256))),
+        "steering": steering.steering(mid, rounds, *((2, 2, 64) if quick else (8, 8, 256))),
+        "patching": causal.patching(demo, quick),
         "memory": memory(*((2_000, 6_000) if quick else (100_000, 1_000_000))),
     }
     for name in ("demo", "mid-size"):
-        _print(name, result[name])
+        show(name, result[name])
+    show("steering", result["steering"])
+    causal.show(result["patching"])
     (few, many), ratio = result["memory"]["tokens"], result["memory"]["ratio"]
     print(f"peak memory after {many:,} tokens over that after {few:,}: {ratio:.3f}")
     return result
-
-
-def _print(name: str, measured: dict[str, Any]) -> None:
-    print(f"{name}: {measured['rounds']} rounds of {measured['tokens']:,} tokens, time over the forward pass alone")
-    print(f"  {'':<12} {'run (lowest to highest)':<26} batch")
-    for way, ratio in measured["ratio"].items():
-        run = f"{ratio['run']:.3f} ({ratio['lowest']:.3f} to {ratio['highest']:.3f})"
-        print(f"  {way:<12} {run:<26} {ratio['batch']:.3f}")
 
 
 def _mid_size(quick: bool) -> OlmoeForCausalLM:
@@ -102,7 +93,7 @@ def _compare(model: Model, rounds: int, n_batches: int, batch: int, length: int)
         return load(copy.deepcopy(model.module), tokenizer=model.tokenizer)
 
     ways: dict[str, Way] = {
-        "forward": _forward(own()),
+        "forward": forward(own()),
         "workbench": _workbench(own()),
         "torch.save": _torch_save(own()),
         "json lines": _json_lines(own()),
@@ -111,67 +102,18 @@ def _compare(model: Model, rounds: int, n_batches: int, batch: int, length: int)
         ways["nnsight"] = _nnsight(own())
     except ImportError:
         print("nnsight is not installed: measured without it", file=sys.stderr)
-    _, seen = _take_turns(ways, batches[:1])  # warms up, too
+    _, seen = take_turns(ways, batches[:1])  # warms up, too
     for name, ids in seen.items():
         if name != "forward" and not np.array_equal(seen["workbench"], ids):
             raise AssertionError(f"{name} saw other ids than the workbench on {model.name}: nothing was measured")
-    seconds = [_take_turns(ways, batches)[0] for _ in range(rounds)]
+    seconds = [take_turns(ways, batches)[0] for _ in range(rounds)]
     tokens = n_batches * batch * length
     return {
         "tokens": tokens,
         "rounds": rounds,
         "tokens_per_second": round(tokens * rounds / sum(sum(one["forward"]) for one in seconds)),
-        "ratio": {name: _ratio(seconds, name) for name in ways},
+        "ratio": {name: ratio(seconds, name) for name in ways},
     }
-
-
-def _take_turns(
-    ways: dict[str, Way], batches: list[torch.Tensor]
-) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
-    """Seconds of each way's turns, one a batch and one to close; the ids that each saw in the last batch."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    ids = {}
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        running = {}
-        for name, way in ways.items():
-            own = Path(folder) / name
-            own.mkdir()
-            running[name] = way(batches, own)
-        for turn in range(len(batches) + 1):
-            order = list(ways)
-            for name in order[turn % len(order) :] + order[: turn % len(order)]:
-                started = time.perf_counter()
-                try:
-                    next(running[name])
-                except StopIteration as end:
-                    ids[name] = end.value
-                seconds[name].append(time.perf_counter() - started)
-        return seconds, {name: read() for name, read in ids.items()}
-
-
-def _ratio(seconds: list[dict[str, list[float]]], name: str) -> dict[str, float]:
-    """A way over the forward pass: of whole runs (median, lowest and highest round), and the median over batches."""
-    runs = [sum(one[name]) / sum(one["forward"]) for one in seconds]
-    pairs = [pair for one in seconds for pair in zip(one[name][1:-1], one["forward"][1:-1], strict=True)]
-    result = {"run": median(runs), "lowest": min(runs), "highest": max(runs)}
-    result["batch"] = median(mine / base for mine, base in pairs) if pairs else result["run"]
-    return {key: round(value, 4) for key, value in result.items()}
-
-
-def _step(model: Model, ids: torch.Tensor) -> torch.Tensor:
-    """The forward pass and the loss of each token, as `workbench.capture` has them."""
-    logits = model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    return next_token_nll(logits, ids)
-
-
-def _forward(model: Model) -> Way:
-    def way(batches: list[torch.Tensor], folder: Path) -> Generator[None, None, Ids]:
-        for ids in batches:
-            _step(model, ids)
-            yield
-        return lambda: np.empty(0)
-
-    return way
 
 
 def _workbench(model: Model) -> Way:
@@ -221,7 +163,7 @@ def _torch_save(model: Model) -> Way:
         hooks = [layer.router.register_forward_hook(keep(layer.index)) for layer in model.layers]
         try:
             for number, ids in enumerate(batches):
-                _step(model, ids)
+                step(model, ids)
                 for layer, logits in kept.items():
                     torch.save(logits, folder / f"{number}.{layer}.pt")
                 yield
@@ -239,7 +181,7 @@ def _json_lines(model: Model) -> Way:
         last: list[torch.Tensor] = []
         with Recorder(model, set()) as recorder, (folder / "ids.jsonl").open("w") as file:
             for ids in batches:
-                _step(model, ids)
+                step(model, ids)
                 (observed,) = recorder.take()
                 last = [layer.experts.flatten(0, 1) for layer in observed]
                 for token in torch.stack(last, dim=1).tolist():

@@ -1,0 +1,40 @@
+"""Arguments and options that several commands have."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from workbench.errors import InputError
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A trace: the DuckDB file that `workbench trace` wrote.")]
+Run = Annotated[str | None, typer.Option(help="Which run of the file; by default the last one that finished.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Checkpoint = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a folder, `demo` or `demo-early`.")]
+Demo = Annotated[str, typer.Argument(metavar="[MODEL]", help="A Hub id, a folder, `demo` or `demo-early`.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16 or int8.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings along.")]
+
+
+def check_output(path: Path | None, suffixes: Sequence[str], overwrite: bool) -> None:
+    """InputError, before the work begins, if an output of one of these kinds can't be written to `path`."""
+    if path is None:
+        return
+    if path.suffix not in suffixes:
+        raise InputError(f"{path}: can't tell the format from {path.suffix!r}; expected {', '.join(suffixes)}.")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists; choose another name, or replace it with --overwrite.")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is not a folder; create it first.")
+
+
+def pair(text: str, option: str, example: str) -> tuple[str, str]:
+    """Name and value of an option such as NAME=VALUE, which may be given several times."""
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise InputError(f"{option} {text!r}: expected NAME=VALUE, as in `{option} {example}`")
+    return name, value
