@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from workbench.errors import InputError
-from workbench.hooked import INTERVENED
-from workbench.intervening import Given, Intervened, check, interventions_of
+from workbench.intervening import Given, Intervened, check, in_force, interventions_of
 from workbench.interventions import AnyIntervention, Contrast, Delta, OnExperts, Remix, control
 from workbench.models import Model
 
@@ -44,14 +43,7 @@ def refuse_contrast(found: Conditions, what: str) -> None:
 def under(model: Model, applied: Intervened | None) -> Iterator[None]:
     """A condition in force inside the block, which can be entered again and again, so that conditions take turns.
 
-    Not for a Contrast; None is the plain model.
+    None is the plain model.
     """
-    if applied is None:
+    with nullcontext() if applied is None else in_force(model, applied):
         yield
-        return
-    INTERVENED[model.module] = applied
-    try:
-        with applied.hooked():
-            yield
-    finally:
-        INTERVENED.pop(model.module, None)

@@ -32,12 +32,13 @@ from workbench.interventions import (
     TopP,
 )
 from workbench.layers import Layer
+from workbench.replay import Recorded
 from workbench.scores import log_probabilities
 
 Where = Callable[[str], Tensor | None]
 """Text of a scope -> bool (T,), or None for all tokens of the pass."""
-Recorded = Callable[[Replay], tuple[Tensor, Tensor | None]]
-"""A replay -> recorded ids, int64 (T, k) with -1 for none, and weights (T, k) float32 where they are to be restored."""
+Recordings = Callable[[Replay], Recorded]
+"""A replay -> what it has for the tokens of the pass at the layer."""
 
 SUNK = 1e4
 """How far below the smallest logit that of an ablated expert is put: exp(-1e4) is 0 in every precision."""
@@ -193,7 +194,7 @@ def _remixed(layer: Layer, z: Tensor, target: Tensor, alpha: float) -> Tensor:
 class Choosing(TorchFunctionMode):
     """Active while a router runs: edits its logits where its linear layer returns them, and its own selection."""
 
-    def __init__(self, plan: Plan, where: Where, recorded: Recorded) -> None:
+    def __init__(self, plan: Plan, where: Where, recorded: Recordings) -> None:
         super().__init__()
         self._plan, self._where, self._recorded = plan, where, recorded
         self._groups = "groups" in plan.layer.gating
@@ -286,17 +287,15 @@ class Choosing(TorchFunctionMode):
         replay = self._plan.replay
         if replay is None:
             return ids
-        recorded, _ = self._recorded(replay)
+        recorded = self._recorded(replay).experts
         if ids.shape[-1] != recorded.shape[-1]:
             recorded = recorded[:, self._chosen : self._chosen + 1]
         recorded = recorded.view(ids.shape).to(ids.dtype)
-        scope = self._where(replay.scope)
         known = recorded >= 0
         # A place without an expert gets one that isn't among the others, and a token without any those it would have
         # anyway; their weights become 0 later.
         wanted = torch.where(known, recorded, _spare(recorded, self._plan.layer.n_experts))
-        wanted = torch.where(known.any(-1, keepdim=True), wanted, ids)
-        return wanted if scope is None else torch.where(scope.view(*ids.shape[:-1], 1), wanted, ids)
+        return torch.where(known.any(-1, keepdim=True), wanted, ids)
 
 
 def _spare(ids: Tensor, n_experts: int) -> Tensor:
@@ -312,18 +311,15 @@ def _spare(ids: Tensor, n_experts: int) -> Tensor:
 
 
 def weigh(
-    plan: Plan, ids: Tensor, weights: Tensor, logits: Tensor | None, where: Where, recorded: Recorded
+    plan: Plan, ids: Tensor, weights: Tensor, logits: Tensor | None, where: Where, recorded: Recordings
 ) -> tuple[Tensor, Tensor]:
     """Ids and weights (T, k) as the experts are to consume them: cut, replayed, scaled."""
     if plan.cuts:
         ids, weights = _cut(plan, ids, weights, logits, where)
     if plan.replay is not None:
-        recorded_ids, recorded_weights = recorded(plan.replay)
-        scope = where(plan.replay.scope)
-        new = weights.masked_fill(recorded_ids < 0, 0)
-        if recorded_weights is not None:
-            new = recorded_weights.to(weights.dtype)
-        weights = new if scope is None else torch.where(scope[:, None], new, weights)
+        record = recorded(plan.replay)
+        new = weights.masked_fill(record.experts < 0, 0) if record.weights is None else record.weights.to(weights.dtype)
+        weights = torch.where(record.known[:, None], new, weights)
     for edit in plan.weights:
         scope = where(edit.scope)
         meant = among(ids, edit.experts)

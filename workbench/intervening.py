@@ -37,8 +37,9 @@ from workbench.layers import Layer
 from workbench.models import Model
 from workbench.observation import unsort
 from workbench.recipe import Recipe, check_model, read_recipe
-from workbench.replay import Record
+from workbench.replay import Record, Recorded
 
+_ENTERING = threading.Lock()
 Given = Recipe | str | Path | AnyIntervention | Sequence[AnyIntervention]
 
 
@@ -53,24 +54,33 @@ def intervene(model: Model, recipe: Given, *, idle: bool = False) -> Iterator[In
     InputError on entering if the recipe doesn't fit the model (a layer, an expert, k, a family), or the model is
     intervened on already; RunError on leaving without an exception if an intervention touched nothing.
     """
-    interventions = interventions_of(recipe, model)
-    applied = Intervened(model, interventions)
-    if model.module in INTERVENED:
-        raise InputError("the model is being intervened on already: put both lists of interventions into one.")
-    if RECORDED.get(model.module):
-        raise InputError("a recorder of this model is active already: enter it inside `intervene`, to see the edits.")
-    contrast = next((place for place, one in enumerate(interventions) if isinstance(one, Contrast)), None)
-    weak = None if contrast is None else twin(model)  # before any hook is there to be copied
-    with ExitStack() as held:
-        INTERVENED[model.module] = applied
-        held.callback(INTERVENED.pop, model.module, None)
-        held.enter_context(applied.hooked())
-        if contrast is not None:
-            told = partial(applied.count, contrast)
-            held.enter_context(contrasting(model, interventions[contrast], weak, intervene, told))
+    applied = Intervened(model, interventions_of(recipe, model))
+    with in_force(model, applied):
         yield applied
         if not idle:
             applied.check_touched()
+
+
+@contextmanager
+def in_force(model: Model, applied: Intervened) -> Iterator[None]:
+    """Interventions in force inside the block, which can be entered again later: so that several can take turns."""
+    with _ENTERING:
+        if model.module in INTERVENED:
+            raise InputError("the model is being intervened on already: put both lists of interventions into one.")
+        if RECORDED.get(model.module):
+            raise InputError("a recorder of this model is active already: enter it inside `intervene`, to see edits.")
+        INTERVENED[model.module] = applied
+    try:
+        weak = None if applied.contrast is None else twin(model)  # before any hook is there to be copied
+        with ExitStack() as held:
+            held.enter_context(applied.hooked())
+            if weak is not None:
+                place = applied.contrast
+                contrast = applied.interventions[place]
+                held.enter_context(contrasting(model, contrast, weak, intervene, partial(applied.count, place)))
+            yield
+    finally:
+        INTERVENED.pop(model.module, None)
 
 
 def check(model: Model, recipe: Given) -> None:
@@ -103,6 +113,7 @@ def interventions_of(recipe: Given, model: Model | None = None) -> tuple[AnyInte
 class Intervened:
     """Interventions in force on a model; made by `intervene`.
 
+    interventions, contrast: all of them, and the place of the Contrast among them, if there is one
     layers   the model's layers, with the top_k that tokens can have at most under the interventions
     zeroed   indices of the layers where a weight of 0 means that the token doesn't have the expert
     touched  tokens × layers that each intervention acted on so far
@@ -110,15 +121,17 @@ class Intervened:
 
     def __init__(self, model: Model, interventions: Sequence[AnyIntervention]) -> None:
         self._model = model
-        self._interventions = tuple(interventions)
+        self.interventions = tuple(interventions)
         placed = per_layer(model, interventions)
         self._plans = {index: plan(model.layers[index], [edit for edit, _ in edits]) for index, edits in placed.items()}
         self._edits = [edit for edits in placed.values() for edit, _ in edits]
         self._place = {id(edit): place for edits in placed.values() for edit, place in edits}
-        self._counts: list[Tensor | int] = [0] * len(self._interventions)
+        self._counts: list[Tensor | int] = [0] * len(self.interventions)
         records = {place: Record(one, model) for place, one in enumerate(interventions) if isinstance(one, Replay)}
         self._records = {id(edit): records[self._place[id(edit)]] for edit in self._edits if isinstance(edit, Replay)}
-        self._thread = threading.get_ident()
+        places = (place for place, one in enumerate(interventions) if isinstance(one, Contrast))
+        self.contrast = next(places, None)
+        self._thread = 0
         self._prompt: int | None = None  # places of the prompt, inside generate
         self._given: dict[str, Any] = {}  # what the model itself was called with
         self._passes: dict[int, scope.Pass] = {}  # by owner
@@ -137,12 +150,12 @@ class Intervened:
 
     def check_touched(self) -> None:
         """RunError if an intervention touched nothing."""
-        idle = [one for one, touched in zip(self._interventions, self.touched, strict=True) if not touched]
+        idle = [one for one, touched in zip(self.interventions, self.touched, strict=True) if not touched]
         if not self._passes and idle:
             raise RunError("the interventions touched nothing: the model wasn't run inside the block.")
         if idle:
             raise RunError(
-                f"{len(idle)} of {len(self._interventions)} interventions touched nothing, the first of them "
+                f"{len(idle)} of {len(self.interventions)} interventions touched nothing, the first of them "
                 f"{idle[0]}: no token was in its scope, or no token in it selected the experts."
             )
 
@@ -150,7 +163,8 @@ class Intervened:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Every hook in place."""
+        """Every hook in place; the model belongs to the thread that entered."""
+        self._thread = threading.get_ident()
         module = self._model.module
         with ExitStack() as held:
             owners = {id(self._model.layers[index].owner): self._model.layers[index].owner for index in self._plans}
@@ -214,7 +228,7 @@ class Intervened:
         self._prompt = given.shape[1] if given is not None else embedded.shape[1] if embedded is not None else 1
         beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
         followed = any("text" in edit.scope or isinstance(edit, Replay) for edit in self._edits)
-        if beams > 1 and (followed or any(isinstance(one, Contrast) for one in self._interventions)):
+        if beams > 1 and (followed or any(isinstance(one, Contrast) for one in self.interventions)):
             raise InputError(f"num_beams is {beams}: scopes of text, Replay and Contrast follow one text, not beams.")
         try:
             return original(*args, **kwargs)
@@ -306,7 +320,7 @@ class Intervened:
         within = self._where(now, text)
         return now.shape[0] * now.shape[1] if within is None else within.sum()
 
-    def _recorded(self, now: scope.Pass, layer: Layer, replay: Replay) -> tuple[Tensor, Tensor | None]:
+    def _recorded(self, now: scope.Pass, layer: Layer, replay: Replay) -> Recorded:
         return self._records[id(replay)].of(now, layer, self._where(now, replay.scope))
 
 

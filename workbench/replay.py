@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,19 @@ from workbench.tracefile import Trace
 
 _KEY = 16
 """Token ids at the beginning of a text by which it is looked up."""
+
+
+class Recorded(NamedTuple):
+    """The record of T tokens at one layer.
+
+    experts  int64 (T, k), -1 for none
+    weights  float32 (T, k), where they are to be restored
+    known    bool (T,): tokens in scope; padding and others have no record
+    """
+
+    experts: Tensor
+    weights: Tensor | None
+    known: Tensor
 
 
 class Record:
@@ -51,11 +65,8 @@ class Record:
         self._layers: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._found: tuple[Pass, Tensor] | None = None
 
-    def of(self, now: Pass, layer: Layer, within: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Ids, int64 (T, k) with -1 for none, and weights, float32 (T, k), of the tokens of a pass.
-
-        Tokens out of scope and padding have none. RunError for a text that the run doesn't have.
-        """
+    def of(self, now: Pass, layer: Layer, within: Tensor | None) -> Recorded:
+        """What is recorded for the tokens of a pass. RunError for a text that the run doesn't have."""
         if self._found is None or self._found[0] is not now:
             self._found = now, self._places(now, within)
         places = self._found[1]
@@ -65,11 +76,9 @@ class Record:
             weights = torch.from_numpy(self._trace.weights(layer.index)) if self._weights else None
             self._layers[layer.index] = torch.from_numpy(experts), weights
         experts, weights = self._layers[layer.index]
-        known = (places >= 0)[:, None]
-        ids = torch.where(known, experts[places.clamp_min(0)], -1).to(now.real.device)
-        if weights is None:
-            return ids, None
-        return ids, torch.where(known, weights[places.clamp_min(0)], 0).to(now.real.device)
+        known, device = places >= 0, now.real.device
+        ids = torch.where(known[:, None], experts[places.clamp_min(0)], -1).to(device)
+        return Recorded(ids, None if weights is None else weights[places.clamp_min(0)].to(device), known.to(device))
 
     def _places(self, now: Pass, within: Tensor | None) -> Tensor:
         """int64 (T,): row of the trace of each token, -1 for tokens out of scope and padding."""
