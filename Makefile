@@ -41,11 +41,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# A process a core, one thread each; a file stays in one process, so that what its tests share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+
 test: setup browser lint
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: setup browser lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 format: setup
 	$(BIN)/ruff check --fix .

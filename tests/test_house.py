@@ -18,6 +18,8 @@ TORCH_FREE += [
     "workbench.tokenization",
     "workbench.analysis",
     "workbench.report",
+    "workbench.finding",
+    "workbench.recipe",
 ]
 
 

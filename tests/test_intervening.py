@@ -333,10 +333,14 @@ def test_touched_counts_tokens_times_layers() -> None:
         made.module(**inputs)
     plain = recorder.take()[0]
     used = int((uses(plain[0], 3) & inputs["attention_mask"].bool()).sum())
-    edits = [wb.Delta(values=[0.0] * 8, scope="position=0-1"), wb.Scale(layer=0, experts=[3], factor=1.0)]
+    edits = [
+        wb.Delta(values=[0.0] * 8, scope="position=0-1"),
+        wb.Scale(layer=0, experts=[3], factor=1.0),
+        wb.Bias(layer=[0, 2], experts=[3], strength=0.0),
+    ]
     with torch.inference_mode(), wb.intervene(made, edits) as applied:
         made.module(**inputs)
-        assert applied.touched == [3 * 2 * 3, used]
+        assert applied.touched == [3 * 2 * 3, used, 2 * (9 + 6 + 4)]
 
 
 def test_gradients_reach_a_vector_that_wants_them() -> None:
@@ -432,6 +436,23 @@ def test_replayed_weights_are_the_models_own_or_the_recorded_ones(tmp_path: Path
     for layer, mine in enumerate(kept):
         stored_weights = torch.from_numpy(recorded.weights(layer))
         torch.testing.assert_close(mine.weights.flatten(0, 1), stored_weights)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_replay_of_a_padded_batch_is_bit_identical(side: str, tmp_path: Path) -> None:
+    made = tiny.model("mixtral")
+    inputs = padded(side)
+    kept = inputs["attention_mask"].bool()
+    with torch.inference_mode(), Recorder(made) as recorder:
+        plain = made.module(**inputs)[0]
+    wb.from_arrays(
+        tmp_path / "t.duckdb",
+        torch.stack([seen.experts[kept] for seen in recorder.take()[0]], 1).numpy(),
+        n_experts=8,
+        seq=kept.nonzero()[:, 0].numpy(),
+        token_ids=inputs["input_ids"][kept].numpy(),
+    )
+    assert torch.equal(run(made, wb.Replay(trace=str(tmp_path / "t.duckdb")), **inputs)[0], plain)
 
 
 def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:

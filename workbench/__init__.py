@@ -24,6 +24,10 @@ _HOME = {
     "Trace": "workbench.tracefile",
     "from_arrays": "workbench.arrays",
     "intervene": "workbench.intervening",
+    "find": "workbench.finding",
+    "evaluate": "workbench.evaluation",
+    "generate": "workbench.generation",
+    "compare": "workbench.generation",
     **dict.fromkeys(_INTERVENTIONS, "workbench.interventions"),
     **dict.fromkeys(("Recipe", "read_recipe", "write_recipe"), "workbench.recipe"),
     "InputError": "workbench.errors",
@@ -36,6 +40,10 @@ if TYPE_CHECKING:
     from workbench.capture import trace as trace
     from workbench.errors import InputError as InputError
     from workbench.errors import RunError as RunError
+    from workbench.evaluation import evaluate as evaluate
+    from workbench.finding import find as find
+    from workbench.generation import compare as compare
+    from workbench.generation import generate as generate
     from workbench.intervening import intervene as intervene
     from workbench.interventions import Ablate as Ablate
     from workbench.interventions import Bias as Bias
@@ -57,8 +65,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Ablate", "Bias", "Contrast", "Delta", "Forbid", "Force", "InputError", "RandomExperts", "Recipe", "Remix",
-    "Replay", "RunError", "Scale", "SetTopK", "TopP", "Trace", "analysis", "from_arrays", "intervene", "load",
-    "read_recipe", "trace", "write_recipe",
+    "Replay", "RunError", "Scale", "SetTopK", "TopP", "Trace", "analysis", "compare", "evaluate", "find",
+    "from_arrays", "generate", "intervene", "load", "read_recipe", "trace", "write_recipe",
 ]  # fmt: skip
 
 

@@ -316,9 +316,9 @@ class Intervened:
     def _where(self, now: scope.Pass, text: str) -> Tensor | None:
         return scope.where(text, now, self._model.tokenizer)
 
-    def _size(self, now: scope.Pass, text: str) -> Tensor | int:
+    def _size(self, now: scope.Pass, text: str) -> Tensor:
         within = self._where(now, text)
-        return now.shape[0] * now.shape[1] if within is None else within.sum()
+        return now.real[:, now.past :].sum() if within is None else within.sum()
 
     def _recorded(self, now: scope.Pass, layer: Layer, replay: Replay) -> Recorded:
         return self._records[id(replay)].of(now, layer, self._where(now, replay.scope))
