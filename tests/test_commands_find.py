@@ -42,7 +42,7 @@ def test_find(workbench: Command, trace: Trace, tmp_path: Path):
     assert recipe == finding.find(trace, "risk_difference", group="lang=de", versus="lang=en", top=1)[1]
     assert recipe.interventions == (Ablate(layer=1, experts=[3]),)
     assert "group      1       3" in result.out and f"{out}: Ablate on 1 of 24 experts, in layers 1" in result.out
-    assert f"workbench evaluate tiny --corpus CORPUS --recipe '{out}'" in result.out
+    assert f"workbench evaluate tiny --corpus OTHER-TEXTS --recipe '{out}'" in result.out
     assert f"workbench generate tiny 'PROMPT' --recipe '{out}' --compare" in result.out
     assert len(pd.read_csv(table)) == N_LAYERS * N_EXPERTS
 

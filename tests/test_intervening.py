@@ -14,11 +14,12 @@ from test_intervening_families import run, stored
 from test_recorder import hooks
 
 import workbench as wb
-from workbench.contrast_decoding import contrasted, twin
+from workbench.contrast_decoding import contrasted
 from workbench.errors import InputError, RunError
 from workbench.fitting import permutation
 from workbench.intervening import check, effective_top_k
 from workbench.interventions import control
+from workbench.models import twin
 from workbench.observation import Observation
 from workbench.recorder import Recorder
 
@@ -487,9 +488,9 @@ def test_contrast_is_the_formula_and_its_weak_pass_is_seen_by_nobody() -> None:
     wanted = torch.where(strong >= threshold, 1.7 * strong - 0.7 * weak, -torch.inf)
     torch.testing.assert_close(out, wanted)
     torch.testing.assert_close(contrasted(strong, weak, 0.0, 0.5), 1.5 * strong - 0.5 * weak)
-    copied = twin(made)
+    copied = twin(made.module)
     own = {id(parameter) for parameter in made.module.parameters()}
-    assert {id(parameter) for parameter in copied.module.parameters()} == own
+    assert {id(parameter) for parameter in copied.parameters()} == own
 
 
 def test_contrast_in_cached_generation_is_that_of_whole_passes() -> None:

@@ -42,7 +42,7 @@ from workbench.contributions import contributions, filler
 from workbench.errors import InputError, RunError
 from workbench.forward import predicts_next, reads_twice
 from workbench.hooked import INTERVENED, RECORDED
-from workbench.models import Model
+from workbench.models import Model, twin
 from workbench.prompt_pairs import Pair, encoded
 
 if TYPE_CHECKING:
@@ -218,10 +218,8 @@ def _wrapped(model: Model) -> Any:
     """nnsight's view of a copy of the modules, with the same weights."""
     import nnsight
 
-    tensors = {id(tensor): tensor for tensor in (*model.module.parameters(), *model.module.buffers())}
-    module = copy.deepcopy(model.module, tensors)
     tokenizer = copy.deepcopy(model.tokenizer)  # nnsight sets its padding
-    return nnsight.TransformersModel(module, tokenizer=tokenizer, task="text-generation")
+    return nnsight.TransformersModel(twin(model.module), tokenizer=tokenizer, task="text-generation")
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -18,13 +17,7 @@ from torch import Tensor, nn
 
 from workbench.errors import InputError
 from workbench.interventions import Contrast
-from workbench.models import Model, load
-
-
-def twin(model: Model) -> Model:
-    """A model of other modules with the same parameters and buffers: no second copy of the weights."""
-    shared = {id(tensor): tensor for tensor in chain(model.module.parameters(), model.module.buffers())}
-    return load(copy.deepcopy(model.module, shared), tokenizer=model.tokenizer)
+from workbench.models import Model
 
 
 @contextmanager

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from workbench import scope
-from workbench.contrast_decoding import contrasting, twin
+from workbench.contrast_decoding import contrasting
 from workbench.edits import Choosing, Plan, among, plan, weigh
 from workbench.errors import InputError, RunError
 from workbench.fitting import per_layer
 from workbench.hooked import INTERVENED, RECORDED
 from workbench.interventions import AnyIntervention, Contrast, Intervention, OnExperts, RandomExperts, Replay
 from workbench.layers import Layer
-from workbench.models import Model
+from workbench.models import Model, load, twin
 from workbench.observation import unsort
 from workbench.recipe import Recipe, check_model, read_recipe
 from workbench.replay import Record, Recorded
@@ -71,7 +71,9 @@ def in_force(model: Model, applied: Intervened) -> Iterator[None]:
             raise InputError("a recorder of this model is active already: enter it inside `intervene`, to see edits.")
         INTERVENED[model.module] = applied
     try:
-        weak = None if applied.contrast is None else twin(model)  # before any hook is there to be copied
+        weak = None  # made before any hook is there to be copied
+        if applied.contrast is not None:
+            weak = load(twin(model.module), tokenizer=model.tokenizer)
         with ExitStack() as held:
             held.enter_context(applied.hooked())
             if weak is not None:

@@ -9,6 +9,7 @@ fills gaps with random weights and a warning.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from workbench.errors import InputError
 from workbench.layers import Layer, expert_parameters, family_of, find_layers
 from workbench.quantization import quantise, quietly
 
-__all__ = ["Layer", "Model", "describe", "find_layers", "load"]
+__all__ = ["Layer", "Model", "describe", "find_layers", "load", "twin"]
 
 _BUNDLED = {"demo": "models/demo", "demo-early": "models/demo-early"}
 
@@ -43,6 +44,12 @@ _DEQUANTISE = (
     "load dequantised: AutoModelForCausalLM.from_pretrained(…, quantization_config=Mxfp4Config(dequantize=True)) and "
     "pass the module to load()"
 )
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """Modules of their own that share the parameters and buffers: no second copy of the weights, no common hooks."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
 
 
 @dataclass(frozen=True, eq=False)
