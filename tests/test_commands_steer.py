@@ -311,6 +311,9 @@ def test_generated_tokens_of_a_steered_run(model: Model, folder: Path, tmp_path:
     assert validate(tmp_path / "c.duckdb").empty and text.layers["top_k"].tolist() == [3, 3, 3]
     with pytest.raises(InputError, match="--generate"):
         trace(model, folder / "texts.jsonl", tmp_path / "d.duckdb", recipe=[Contrast()], progress=False)
+    late = Ablate(experts=[1], scope="position=3+ & phase=generated")
+    with pytest.raises(InputError, match="scope='position=3. & phase=generated'.* trace with --generate"):
+        trace(model, folder / "texts.jsonl", tmp_path / "d.duckdb", recipe=late, progress=False)
     assert not (tmp_path / "d.duckdb").exists()
 
 

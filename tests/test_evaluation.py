@@ -404,6 +404,11 @@ def test_figure():
         (STEERING, {"n_random": -1}, "n_random is -1"),
         (STEERING, {"max_tokens": 0}, "max_tokens is 0"),
         ([Contrast()], {}, "Contrast is for decoding.*a loss would be infinite"),
+        (
+            [Ablate(experts=[0], scope="phase=generated")],
+            {},
+            "acts on generated tokens only, and a loss is of texts that are given",
+        ),
         (Ablate(layer=7, experts=[0]), {}, "7"),
         ([], {}, "no interventions"),
         ("nowhere.json", {}, "nowhere.json"),

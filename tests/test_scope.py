@@ -126,6 +126,11 @@ def test_what_is_no_scope_is_refused(text: str, message: str) -> None:
         scope.check(text, tokenizer())
 
 
+def test_scopes_of_generated_tokens_alone_are_known() -> None:
+    assert scope.generated_only("phase=generated") and scope.generated_only("position=3+ & phase=generated")
+    assert not any(map(scope.generated_only, ("all", "phase=prompt", "phase=prompt,generated", "position=3")))
+
+
 def test_a_scope_about_text_needs_a_tokenizer_and_token_ids() -> None:
     with pytest.raises(InputError, match="has no tokenizer"):
         scope.check("phase=prompt & token~a", None)

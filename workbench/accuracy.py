@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from workbench import figures
 from workbench.analysis.resampling import draws, interval
-from workbench.conditions import PLAIN, RANDOM, STEERED, conditions, refuse_contrast
+from workbench.conditions import PLAIN, RANDOM, STEERED, conditions, refuse_generation
 from workbench.errors import InputError, RunError
 from workbench.intervening import Given, intervene
 from workbench.models import Model, load
@@ -92,7 +92,7 @@ def accuracy(
         raise InputError(f"model {loaded.name} has no tokenizer: load it with `workbench.load(…, tokenizer=…)`")
     runs = conditions(loaded, recipe, n_random, seed)
     if kinds != {"generate_until"}:
-        refuse_contrast(runs, "the likelihood of an answer")
+        refuse_generation(runs, "the likelihood of an answer")
     found = {}
     for name, edits in tqdm(runs.items(), desc="evaluating", unit=" conditions", disable=None):
         # A control may draw experts that are never selected; the recipe itself has to touch something.

@@ -18,10 +18,9 @@ from tqdm.auto import tqdm
 from workbench import corpus as corpora
 from workbench.errors import InputError
 from workbench.forward import predicts_next, reads_twice, run_batch
-from workbench.intervening import Given, effective_top_k, intervene
-from workbench.interventions import Contrast
+from workbench.intervening import Given, about_generation, effective_top_k, intervene
 from workbench.models import Model, load
-from workbench.recipe import Recipe, as_recipe, to_json
+from workbench.recipe import Recipe, as_recipe, described, to_json
 from workbench.recorder import Recorder
 from workbench.schema import RECORDABLE, UNKNOWN_TOKEN
 from workbench.store import Writer, check_target
@@ -66,8 +65,9 @@ def trace(
     """
     check_target(out, mode)  # before anything slow
     edited = None if recipe is None else as_recipe(recipe)
-    if edited is not None and not generate and any(isinstance(one, Contrast) for one in edited.interventions):
-        raise InputError("the recipe has a Contrast, which is about generated tokens: trace with --generate")
+    late = None if edited is None or generate else about_generation(edited.interventions)
+    if late is not None:
+        raise InputError(f"{described(late)} is about generated tokens only: trace with --generate")
     record = _recordable(record)
     sources = _read(corpus)
     model = model if isinstance(model, Model) else load(model)

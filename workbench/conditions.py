@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from workbench.errors import InputError
-from workbench.intervening import Given, Intervened, check, in_force, interventions_of
+from workbench.intervening import Given, Intervened, about_generation, check, in_force, interventions_of
 from workbench.interventions import AnyIntervention, Contrast, Delta, OnExperts, Remix, control
 from workbench.models import Model
+from workbench.recipe import described
 
 PLAIN, STEERED, RANDOM = "plain", "steered", "random"
 Conditions = dict[str, tuple[AnyIntervention, ...]]
@@ -30,12 +31,18 @@ def conditions(model: Model, recipe: Given, n_random: int, seed: int) -> Conditi
     return found
 
 
-def refuse_contrast(found: Conditions, what: str) -> None:
-    """InputError where the recipe has a Contrast, which leaves most tokens impossible."""
-    if any(isinstance(one, Contrast) for one in found[STEERED]):
+def refuse_generation(found: Conditions, what: str) -> None:
+    """InputError where an edit of the recipe acts on generated tokens only, of which there are none."""
+    late = about_generation(found[STEERED])
+    if isinstance(late, Contrast):
         raise InputError(
             f"Contrast is for decoding: it makes all but a few next tokens impossible, so {what} would be infinite. "
             "Compare texts instead: workbench generate --compare."
+        )
+    if late is not None:
+        raise InputError(
+            f"{described(late)} acts on generated tokens only, and {what} is of texts that are given. Change its "
+            "scope, or compare texts: workbench generate --compare."
         )
 
 

@@ -41,7 +41,7 @@ from workbench import figures
 from workbench.analysis.counting import EVERYTHING, MOST_GROUPS, Cells, as_label, cells_of_labels, sum_by
 from workbench.analysis.resampling import text_interval
 from workbench.analysis.token_means import by_group, drawn_texts, in_blocks, ratio, resampled
-from workbench.conditions import PLAIN, RANDOM, STEERED, conditions, refuse_contrast
+from workbench.conditions import PLAIN, RANDOM, STEERED, conditions, refuse_generation
 from workbench.effects import MEASURES, effects
 from workbench.errors import InputError
 from workbench.intervening import Given
@@ -86,7 +86,7 @@ def evaluate(
     """
     loaded = model if isinstance(model, Model) else load(model)
     runs = conditions(loaded, recipe, n_random, seed)
-    refuse_contrast(runs, "a loss")
+    refuse_generation(runs, "a loss")
     texts = texts_with_loss(loaded, corpus, max_tokens=max_tokens, max_length=max_length, long_texts=long_texts)
     sequences = _columns(texts)
     label, labels = _labels(sequences, by)

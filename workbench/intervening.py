@@ -95,6 +95,15 @@ def effective_top_k(model: Model, recipe: Given) -> list[int]:
     return [layer.top_k for layer in Intervened(model, interventions_of(recipe, model)).layers]
 
 
+def about_generation(interventions: Iterable[AnyIntervention]) -> AnyIntervention | None:
+    """The first intervention that touches generated tokens only, so that nothing comes of it where none are made."""
+    for one in interventions:
+        edit = one.edit if isinstance(one, RandomExperts) else one
+        if isinstance(edit, Contrast) or scope.generated_only(edit.scope):
+            return one
+    return None
+
+
 def interventions_of(recipe: Given, model: Model | None = None) -> tuple[AnyIntervention, ...]:
     """The interventions of whatever names them; with a model, InputError if the recipe is for another one."""
     if isinstance(recipe, str | Path):

@@ -113,6 +113,12 @@ def conditions(scope: str) -> tuple[tuple[str, str, str], ...]:
     return tuple(found)
 
 
+def generated_only(scope: str) -> bool:
+    """Whether the scope means tokens that a model generates, and none of a text that it is given."""
+    asked = [] if scope == ALL else conditions(scope)
+    return any(name == "phase" and "prompt" not in filters.values(name, given) for name, _, given in asked)
+
+
 def check(scope: str, tokenizer: Any) -> None:
     """InputError if this is no scope, or one about text for a model without a tokenizer."""
     if scope == ALL:
