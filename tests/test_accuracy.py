@@ -252,7 +252,7 @@ def test_the_task_of_continuations(tmp_path: Path):
     for row in rows:
         true = row["endings"][row["answer"]]
         assert len({len(ending) for ending in row["endings"]}) == 1 and len(set(row["endings"])) == 4
-        assert any(text.startswith(f"{row['start']} {true}") for text in texts)
+        assert any(str(text).startswith(f"{row['start']} {true}") for text in texts)
     assert accuracy(model(), made, STEERING, n_random=0)["n_items"].eq(5).all()
     with pytest.raises(SystemExit, match="too few texts in 'xx'"):
         continuations.write("home-assistant", "xx", tmp_path, 5, 0)

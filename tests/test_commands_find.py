@@ -75,6 +75,8 @@ def test_refusals_leave_nothing_behind(workbench: Command, trace: Trace, tmp_pat
         (("--out", out, "--layers", "2-1"), "--layers '2-1': expected numbers and ranges"),
         (("--out", out, "--layers", "5"), "layer 5: run 'full' has layers 0 to 2"),
         (("--out", out, "--versus", "lang=xx"), "no sequence has lang 'xx'"),
+        (("--out", out, "--seed", -1), "seed is -1; expected 0 or more."),
+        (("--out", out, "--permutations", -1), "n_permutations is -1; expected 0 or more."),
         (("--out", tmp_path / "r.txt"), "expected .json"),
         (("--out", tmp_path / "no" / "r.json"), "is not a folder"),
         (("--out", out, "--table", tmp_path / "t.txt"), "expected .csv"),

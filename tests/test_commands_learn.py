@@ -10,13 +10,14 @@ import transformers
 from commandline import Command, refused
 
 from workbench.capture import trace
+from workbench.commands.learn import _print_learned
 from workbench.corpus import from_rows
 from workbench.generation import generate, prompt_ids
 from workbench.models import Model, load
 from workbench.recipe import read_recipe
 from workbench.remixing import reference, remix
+from workbench.rewiring import Rewired, rewire
 from workbench.rewiring import generate as rewired
-from workbench.rewiring import rewire
 from workbench.tracefile import Trace
 
 PROMPT = "no one shall be held in"
@@ -86,6 +87,12 @@ def test_remix_writes_the_pathway(demo: Model, run: Trace, tmp_path: Path, workb
     assert generate(demo, PROMPT, out, max_tokens=2).touched
 
 
+def test_rewire_says_that_the_loss_rose(capsys: pytest.CaptureFixture):
+    for losses, warned in (((1.0, 1.5), True), ((1.0, 2.0, 0.9), False)):
+        _print_learned(Rewired((), losses, (0,), (), 3))
+        assert capsys.readouterr().err.startswith("warning: the loss rose") == warned
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -94,7 +101,10 @@ def test_remix_writes_the_pathway(demo: Model, run: Trace, tmp_path: Path, workb
         (["rewire", PROMPT, "--out", "r.json", "--layers", "9"], "layer 9: demo has layers 0 to 5"),
         (["rewire", PROMPT, "--out", "r.json", "--generate", "-1"], "--generate -1: expected a number of tokens"),
         (["rewire", "demo", "a", "b", "--out", "r.json"], "put the prompt in quotes"),
-        (["rewire", " ", "--out", "r.json"], "expected some text to continue"),
+        (["rewire", " ", "--out", "r.json"], "the prompt is ' '; expected some text."),
+        (["rewire", "x", "--out", "r.json"], "the prompt is one token; expected at least 2 tokens"),
+        (["rewire", PROMPT, "--out", "r.json", "--steps", "0"], "--steps 0: expected 1 or more"),
+        (["rewire", "demo", "--out", "r.json"], "'demo' is a model, and there is no prompt"),
         (["remix", PROMPT, "--out", "r.json", "--reference", "none.duckdb"], "none.duckdb"),
         (["remix", PROMPT, "--out", "r.json", "--reference", "RUN", "--success", "1e-9"], "no text of run"),
         (["remix", PROMPT, "--out", "r.json", "--reference", "RUN", "--neighbours", "9"], "9 neighbours need"),

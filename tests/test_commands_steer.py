@@ -210,6 +210,10 @@ def test_generate_refuses(workbench: Command, folder: Path, tmp_path: Path):
     broken.write_text('{"format": "moe-workbench recipe", "version": 9}')
     refused(workbench("generate", "the", "cat", "sat"), "found 3 words", "in quotes")
     refused(workbench("generate", model, ""), "the prompt is ''")
+    refused(workbench("generate", "demo-early"), "'demo-early' is a model, and there is no prompt")
+    refused(workbench("generate", model, "x", "--seed", -1), "seed is -1; expected 0 or more.")
+    refused(workbench("generate", model, "x", "--ablate", "0:1", "--control", "random", "--seed", -1), "seed is -1")
+    refused(workbench("generate", model, "x", "--device", "foo"), "device 'foo' can't be used: Expected one of cpu")
     refused(workbench("generate", model, "x", "--compare"), "nothing to compare with", "--recipe")
     refused(workbench("generate", model, "x", "--control", "random"), "nothing to compare with")
     refused(

@@ -244,6 +244,23 @@ def test_an_expert_without_weight_is_gone():
     assert value == pytest.approx(np.mean(shares), abs=1e-3) and value < 1
 
 
+def test_a_loss_that_is_not_a_number_names_its_condition(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = model().module.lm_head  # type: ignore[union-attr]
+    steered = Ablate(layer=1, experts=[2])
+    calls = []
+
+    def spoil(_module: Any, _given: Any, out: torch.Tensor) -> torch.Tensor:
+        calls.append(out)
+        return out * torch.nan if len(calls) == 2 else out
+
+    handle = head.register_forward_hook(spoil)
+    try:
+        with pytest.raises(RunError, match="^steered: the loss is not a number, since logits are NaN or infinite"):
+            evaluate(model(), corpus(), steered, **QUICK)
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("edit", [SetTopK(k=2), TopP(p=0.3)])
 def test_recipes_that_name_no_experts_have_no_control(edit: AnyIntervention):
     frame = evaluate(model(), corpus(), edit, **QUICK)

@@ -217,6 +217,25 @@ def test_a_model_that_fails(demo: Model, monkeypatch):
         generate(demo, PROMPT, max_tokens=3)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_make_no_probabilities(value: float, model: Model):
+    """After two tokens all logits, or for infinity a single one."""
+    steps: list[Step] = []
+
+    def spoil(_module: Any, _given: Any, out: Any) -> None:
+        if len(steps) == 2:
+            out.logits[..., slice(1) if value == torch.inf else slice(None)] = value
+
+    handle = model.module.register_forward_hook(spoil)
+    try:
+        for temperature in (0.0, 1.0):
+            steps.clear()
+            with pytest.raises(RunError, match="the logits are NaN or infinite after 2 tokens: take a weaker edit"):
+                generate(model, "ab", max_tokens=5, temperature=temperature, seed=3, on_step=steps.append)
+    finally:
+        handle.remove()
+
+
 # interventions
 
 
@@ -332,6 +351,7 @@ def test_a_tokenizer_that_ends_every_text():
         ("x", {"temperature": -1}, "temperature is -1; expected 0"),
         ("x", {"temperature": float("nan")}, "temperature is nan"),
         ("x", {"candidates": -1}, "candidates is -1"),
+        ("x", {"seed": -1}, "seed is -1; expected 0 or more."),
         ("x", {"record": ["planets"]}, "can't record planets"),
         ("x", {"interventions": Ablate(layer=9, experts=[1])}, "layer 9"),
         ("x", {"interventions": Ablate(experts=[8])}, "8"),
@@ -376,6 +396,8 @@ def test_compare(demo: Model):
     assert list(compare(demo, PROMPT, edits, max_tokens=1)) == ["plain", "steered"]
     with pytest.raises(InputError, match="names experts"):
         compare(demo, PROMPT, SetTopK(k=2), control=1)
+    with pytest.raises(InputError, match="seed is -1; expected 0 or more"):
+        compare(demo, PROMPT, edits, control=-1)
 
 
 @pytest.mark.parametrize(

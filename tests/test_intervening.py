@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from recorded import model
 from test_intervening_families import run, stored
 from test_recorder import hooks
@@ -145,7 +146,7 @@ def test_logit_level_and_selection_level_differ_where_weights_are_not_renormalis
     inputs = tiny.inputs(made.module)
     with torch.inference_mode(), Recorder(made, ("weights", "logits", "probabilities")) as recorder:
         made.module(**inputs)
-    plain = recorder.take()[0][0]
+    plain: Any = recorder.take()[0][0]
     best = int(plain.experts[..., 0].flatten().mode().values)
     logits = plain.logits.clone()
     logits[..., best] = -torch.inf
@@ -163,10 +164,11 @@ def test_logit_edits_are_the_formulas(unit: Any) -> None:
     made = model("mixtral")
     inputs = tiny.inputs(made.module)
 
-    def logits(*edits: Any) -> torch.Tensor:
+    def logits(*edits: Any) -> Any:
         with torch.inference_mode(), wb.intervene(made, edits), Recorder(made, ("logits",)) as recorder:
             made.module(**inputs)
-        return recorder.take()[0][0].logits.double()
+        seen: Any = recorder.take()[0][0]
+        return seen.logits.double()
 
     z = logits(wb.Bias(layer=0, experts=[0], strength=0.0))
     spread = z.std(-1, correction=0) if unit == "std" else torch.ones(z.shape[:-1], dtype=torch.float64)
@@ -192,7 +194,7 @@ def test_a_remix_gives_the_mixed_probabilities(family: str) -> None:
     layer = made.layers[-1]
     inputs = tiny.inputs(made.module)
 
-    def probabilities(*edits: Any) -> torch.Tensor:
+    def probabilities(*edits: Any) -> Any:
         with torch.inference_mode(), wb.intervene(made, edits), Recorder(made, ("probabilities", "logits")) as recorder:
             made.module(**inputs)
         return recorder.take()[0][-1]
@@ -209,7 +211,7 @@ def test_ranks_of_set_top_k_and_the_probability_of_top_p() -> None:
     inputs = tiny.inputs(made.module)
     with torch.inference_mode(), Recorder(made, ("weights", "probabilities")) as recorder:
         made.module(**inputs)
-    plain = recorder.take()[0][0]
+    plain: Any = recorder.take()[0][0]
     ranked = plain.probabilities.sort(-1, descending=True)
     seen = run(made, wb.SetTopK(layer=0, k=2, first=2), **inputs)[1][0]
     assert torch.equal(seen.experts, ranked.indices[..., 1:3])
@@ -227,9 +229,9 @@ def test_ranks_of_set_top_k_and_the_probability_of_top_p() -> None:
 def test_renormalised_families_keep_the_sum_of_their_weights_when_cut() -> None:
     made = model("mixtral")
     inputs = tiny.inputs(made.module)
-    seen = run(made, wb.TopP(layer=0, p=0.4), **inputs)[1][0]
+    seen: Any = run(made, wb.TopP(layer=0, p=0.4), **inputs)[1][0]
     torch.testing.assert_close(seen.weights.sum(-1), torch.ones(seen.weights.shape[:-1]))
-    dropped = run(made, wb.Ablate(layer=0, experts=[0, 1, 2], level="output", renormalise=True), **inputs)[1][0]
+    dropped: Any = run(made, wb.Ablate(layer=0, experts=[0, 1, 2], level="output", renormalise=True), **inputs)[1][0]
     total = dropped.weights.sum(-1)
     assert ((total - 1).abs() < 1e-5).logical_or((dropped.experts < 0).all(-1)).all()
 
@@ -430,10 +432,10 @@ def test_replayed_weights_are_the_models_own_or_the_recorded_ones(tmp_path: Path
         Recorder(other, ("weights", "logits")) as r,
     ):
         other.module(input_ids=ids)
-    seen = r.take()[0][0]
+    seen: Any = r.take()[0][0]
     own = seen.logits.double().gather(-1, seen.experts).softmax(-1)  # R3: g_i = I_i exp(s_i) / sum_j I_j exp(s_j)
     torch.testing.assert_close(seen.weights.double(), own, atol=1e-6, rtol=1e-5)
-    kept = run(other, wb.Replay(trace=file, weights="recorded"), input_ids=ids)[1]
+    kept: Any = run(other, wb.Replay(trace=file, weights="recorded"), input_ids=ids)[1]
     for layer, mine in enumerate(kept):
         stored_weights = torch.from_numpy(recorded.weights(layer))
         torch.testing.assert_close(mine.weights.flatten(0, 1), stored_weights)
@@ -509,6 +511,134 @@ def test_contrast_in_cached_generation_is_that_of_whole_passes() -> None:
         made.module.generate(**inputs, max_new_tokens=2, num_beams=2)
 
 
+# -- caches, masks and other things that pass by -----------------------------------------------------------------------
+
+
+def test_a_static_cache_does_not_hide_the_padding() -> None:
+    made = model("olmoe")
+    inputs = padded("left")
+    bias = wb.Bias(layer=0, experts=[6], strength=0.0)
+    force = wb.Force(layer=0, experts=[6], scope="position=2", level="selection")
+    with torch.inference_mode(), wb.intervene(made, [bias, force]) as applied, Recorder(made) as recorder:
+        made.module.generate(
+            **inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, cache_implementation="static"
+        )
+    assert applied.touched == [9 + 6 + 4 + 3, 3]
+    first = recorder.take()[0][0]
+    position = inputs["attention_mask"].cumsum(1) - 1
+    assert uses(first, 6)[(position == 2) & inputs["attention_mask"].bool()].all()
+
+
+def test_a_decoder_is_not_given_the_encoders_mask() -> None:
+    made = model("switch_transformers")
+    decoder = next(layer.index for layer in made.layers if layer.stack == "decoder")
+    inputs = tiny.inputs(made.module, 2, 9)
+    inputs["decoder_input_ids"] = inputs["input_ids"]
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, :5] = 0
+    edits = [wb.Bias(layer=decoder, experts=[1], strength=0.0, scope=f"position={part}") for part in ("0", "1-99")]
+    with torch.inference_mode(), wb.intervene(made, edits) as applied:
+        made.module(**inputs, attention_mask=mask)
+        assert applied.touched == [2, 16]
+    with torch.inference_mode(), wb.intervene(made, edits) as applied:
+        made.module.generate(
+            input_ids=inputs["input_ids"], attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False
+        )
+        assert applied.touched == [2, 6]
+
+
+def test_two_caches_are_told_apart() -> None:
+    made = wb.load("demo")
+    one, two = (made.tokenizer(text, return_tensors="pt")["input_ids"] for text in ("One day", "The king of the"))
+    edits = [wb.Ablate(layer=1, experts=[3], scope="text~(?s)One.*"), wb.Contrast(alpha=0)]
+    with torch.inference_mode(), wb.intervene(made, edits) as applied:
+        whole = made.module(input_ids=two).logits[:, -1]
+        assert applied.touched[0] == 0
+        caches = [made.module(input_ids=ids, use_cache=True).past_key_values for ids in (one, two[:, :-1])]
+        touched = applied.touched[0]
+        step = made.module(input_ids=two[:, -1:], past_key_values=caches[1], use_cache=True).logits[:, -1]
+        assert applied.touched[0] == touched > 0
+        torch.testing.assert_close(step.float(), whole.float(), atol=0.1, rtol=0.05)  # bfloat16
+        caches[1].crop(-2)
+        again = made.module(input_ids=two[:, -2:], past_key_values=caches[1], use_cache=True).logits[:, -1]
+        torch.testing.assert_close(again.float(), whole.float(), atol=0.1, rtol=0.05)
+
+
+def test_a_mask_of_an_earlier_pass_is_forgotten() -> None:
+    made = model("olmoe")
+    inputs = padded("left")
+    with torch.inference_mode(), wb.intervene(made, wb.Bias(layer=0, experts=[1], strength=0.0)) as applied:
+        made.module(**inputs)
+        assert applied.touched == [19]
+        made.module.model(input_ids=inputs["input_ids"])
+        assert applied.touched == [19 + 27]
+
+
+def test_beams_are_seen_wherever_they_are_asked_for() -> None:
+    made = wb.load("demo")
+    ids = made.tokenizer("The king", return_tensors="pt")["input_ids"]
+    config = transformers.GenerationConfig(num_beams=2, max_new_tokens=2)
+    edit = wb.Ablate(experts=[1], scope="text~king")
+    with pytest.raises(InputError, match="num_beams is 2"), wb.intervene(made, edit):
+        made.module.generate(ids, config)
+
+
+def test_blocks_left_in_the_wrong_order_leave_no_edit_behind() -> None:
+    made = tiny.model("olmoe")
+    inputs = tiny.inputs(made.module)
+    with torch.inference_mode():
+        plain = made.module(**inputs)[0]
+        edited, recorder = wb.intervene(made, wb.Ablate(experts=[1])), Recorder(made, ("margin",))
+        edited.__enter__()
+        recorder.__enter__()
+        made.module(**inputs)
+        edited.__exit__(None, None, None)
+        recorder.__exit__(None, None, None)
+        assert torch.equal(made.module(**inputs)[0], plain)
+
+
+def test_looking_ahead_counts_nothing_twice() -> None:
+    made = model("olmoe")
+    inputs = tiny.inputs(made.module)
+    with torch.inference_mode(), wb.intervene(made, wb.Bias(experts=[1], strength=0.0)) as applied:
+        with Recorder(made, ("lookahead",)):
+            made.module(**inputs)
+        assert applied.touched == [inputs["input_ids"].numel() * 3]
+
+
+def test_a_replay_of_tokens_with_fewer_experts_is_normalised_over_those(tmp_path: Path) -> None:
+    made = tiny.model("mixtral")
+    ids = tiny.inputs(made.module)["input_ids"]
+    with torch.inference_mode(), wb.intervene(made, wb.TopP(p=0.4, at_most=3)), Recorder(made) as recorder:
+        out = made.module(input_ids=ids)[0]
+    cut = recorder.take()[0]
+    assert any((seen.experts < 0).any() for seen in cut)
+    stored(tmp_path / "t.duckdb", ids, cut, made)
+    again, seen = run(made, wb.Replay(trace=str(tmp_path / "t.duckdb")), input_ids=ids)
+    assert seen[0].weights is not None and cut[0].weights is not None
+    torch.testing.assert_close(seen[0].weights, cut[0].weights)
+    torch.testing.assert_close(again, out, atol=1e-4, rtol=1e-4)
+
+
+def test_groups_with_too_few_experts_are_filled_with_the_best_of_the_others() -> None:
+    made = model("deepseek_v3")  # two groups of 4, one of which a token may use, and k = 3
+    inputs = tiny.inputs(made.module)
+    gone = [0, 1, 4, 5]
+    seen: Any = run(made, wb.Ablate(layer=0, experts=gone, level="selection"), **inputs)[1][0]
+    bias: Any = made.layers[0].router.e_score_correction_bias
+    with torch.inference_mode(), Recorder(made, ("logits",)) as recorder:
+        made.module(**inputs)
+    whole: Any = recorder.take()[0][0]
+    choice = whole.logits.sigmoid() + bias
+    own = (seen.experts // 4).float().mean(-1).round().long()  # the group with two of the three
+    for b, s in torch.cartesian_prod(torch.arange(choice.shape[0]), torch.arange(choice.shape[1])).tolist():
+        group = int(own[b, s])
+        live = [e for e in range(8) if e not in gone]
+        inside = [e for e in live if e // 4 == group]
+        outside = max((e for e in live if e // 4 != group), key=lambda e: float(choice[b, s, e]))
+        assert set(seen.experts[b, s].tolist()) == {*inside, outside}
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -523,6 +653,14 @@ def test_contrast_in_cached_generation_is_that_of_whole_passes() -> None:
         ([wb.Force(experts=[0, 1]), wb.SetTopK(k=1)], "2 experts are forced"),
         (wb.Ablate(experts=[0, 1, 2, 3, 4]), "5 of 8 experts are taken away at layer 0, which leaves 3"),
         ([wb.Ablate(experts=[0, 1, 2]), wb.Forbid(experts=[3, 4])], "take away 4 at most"),
+        (
+            [
+                wb.Ablate(experts=[0, 1, 2], scope="phase=prompt"),
+                wb.Ablate(experts=[3, 4, 5], scope="position=0-99"),
+            ],
+            "6 of 8 experts are taken away",
+        ),
+        ([wb.Ablate(experts=[4]), wb.Force(experts=[4], level="selection")], "selected with weight 0"),
         ([wb.Ablate(experts=[0, 1, 2]), wb.SetTopK(k=5)], "3 of 8 experts are taken away"),
         (wb.SetTopK(k=9), "rank 9 is asked for, but a token can select from 8"),
         (wb.SetTopK(k=4, first=6), "rank 9"),

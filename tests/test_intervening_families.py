@@ -18,10 +18,10 @@ from workbench.fitting import NO_INTERVENTION, TRANSFORMED
 from workbench.models import Model
 from workbench.observation import Observation
 from workbench.recorder import Recorder
+from workbench.weights import SUMS
 
 EDITED = [name for name in TRACED if name != "doge"]
 FIXED_K = {"jetmoe", "switch_transformers", "phimoe", "zaya", "deepseek_v4"}
-WITH_SHARED = "inkling"
 
 
 def run(made: Model, edits: Any, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[Observation]]:
@@ -45,7 +45,9 @@ def test_experts_that_are_taken_away_are_gone_and_forced_ones_are_there(family: 
         for seen in run(made, edit, **inputs)[1]:
             assert not ((seen.experts == 1) | (seen.experts == 2)).any(), edit
             if getattr(edit, "level", "") != "output" and family != "switch_transformers" and family != "zaya":
-                assert (seen.experts >= 0).all() and (seen.weights > 0).all()  # others took their place
+                assert (
+                    (seen.experts >= 0).all() and seen.weights is not None and (seen.weights > 0).all()
+                )  # others took their place
     forced = list(range(min(layer.top_k for layer in made.layers)))
     for level in ("logits", "selection"):
         for seen in run(made, wb.Force(experts=forced, level=level), **inputs)[1]:
@@ -121,16 +123,28 @@ def test_the_number_of_experts_can_be_set(family: str) -> None:
         for seen in run(made, wb.SetTopK(k=k), **inputs)[1]:
             assert (seen.experts >= 0).sum(-1).eq(k).all()
             assert seen.experts.shape[-1] == k
-    if family == WITH_SHARED or family in TRANSFORMED:
-        with pytest.raises(InputError, match="normalises weights together|its logits after"):
+    if family in SUMS or family in TRANSFORMED:
+        with pytest.raises(InputError, match="tokens can't differ in their number|its logits after"):
             run(made, wb.TopP(p=0.5), **inputs)
         return
+    last = len(made.layers) - 1  # nothing after it changes what it is given
+    for edit in ({"k": 1 + made.layers[0].family.two_ranks}, {"k": 2, "first": 2}, {"k": 4}):
+        whole = run(made, wb.SetTopK(layer=last, **edit), **inputs)[1][last]
+        part = run(made, wb.SetTopK(layer=last, scope="position=0+", **edit), **inputs)[1][last]
+        torch.testing.assert_close(by_expert(whole, 16), by_expert(part, 16), atol=1e-5, rtol=1e-4)
     early = run(made, wb.SetTopK(k=2, scope="position=0-3"), **inputs)[1]
     for layer, seen in zip(made.layers, early, strict=True):
         n = (seen.experts >= 0).sum(-1)
         assert n[:, :4].eq(2).all() and n[:, 4:].eq(layer.top_k).all()
     for seen in run(made, wb.TopP(p=0.3), **inputs)[1]:
         assert (seen.experts[..., 0] >= 0).all()
+
+
+def by_expert(seen: Observation, n_experts: int) -> torch.Tensor:
+    """Weights (B, S, E), whatever the order of the experts."""
+    assert seen.weights is not None
+    empty = torch.zeros(*seen.experts.shape[:2], n_experts + 1)
+    return empty.scatter(-1, torch.where(seen.experts < 0, n_experts, seen.experts), seen.weights)[..., :-1]
 
 
 @pytest.mark.parametrize("family", EDITED)

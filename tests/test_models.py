@@ -67,6 +67,18 @@ def test_dtype(checkpoint: Path) -> None:
             load(checkpoint, dtype=wrong)
 
 
+def test_devices_that_there_are_not(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="device 'foo' can't be used: Expected one of cpu, .* Take cpu; cuda needs"):
+        load(checkpoint, device="foo")
+
+    def without_cuda(*_: Any, **__: Any) -> None:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch, "empty", without_cuda)
+    with pytest.raises(InputError, match=r"device 'cuda' can't be used: Torch not compiled with CUDA enabled\. Take"):
+        load(checkpoint, device="cuda")
+
+
 def test_a_module_in_memory_is_used_as_it_is() -> None:
     module = tiny.module("olmoe").train()
     tokenizer = object()

@@ -143,14 +143,14 @@ def test_findings() -> None:
     frame.loc[5, ["effect", "estimate"]] = [-6.0, -5.0]
     first, largest, share, agreement = findings(frame)
     assert first == (
-        "The first answer's logit is +2.00 ahead of the second's in the source run and -1.00 in the target run."
+        "The first answer's logit is 2.00 ahead of the second's in the source run and 1.00 behind it in the target run."
     )
-    assert "Of the 8 patches that change anything, that of expert 1 of layer 1 has the largest effect" in largest
+    assert "Of the 8 experts whose patch changes anything, expert 1 of layer 1 has the largest effect" in largest
     assert largest.endswith("-6.00 logits, -200% of what lies between the runs.")
     sizes = frame["effect"].abs()
     assert f"The 5 largest make up {sizes.nlargest(5).sum() / sizes.sum():.0%}" in share
     assert f"r = {pearsonr(frame['effect'], frame['estimate'])[0]:.2f} (Spearman's rho" in agreement
-    assert agreement.endswith("over 8 patches.")
+    assert agreement.endswith("over the 8 patches that change anything.")
 
 
 def test_findings_of_several_pairs_have_intervals() -> None:
@@ -161,7 +161,7 @@ def test_findings_of_several_pairs_have_intervals() -> None:
 
 def test_findings_of_routers_and_estimates() -> None:
     routers = made(1, 3, 1, expert=pd.array([pd.NA] * 3, dtype="Int64"), n_changed=1)
-    assert "that of the router of layer" in findings(routers)[1]
+    assert "routers whose patch changes anything, the router of layer" in findings(routers)[1]
     estimated = findings(made(1, effect=np.nan))
     assert "the largest estimated effect" in estimated[1] and not any("correlates" in one for one in estimated)
 

@@ -396,7 +396,7 @@ def test_bad_arguments_are_named(
 
 
 def test_bad_prompts_and_missing_embeddings_are_named(demo: Model, known: Reference, prompt: list[int]):
-    with pytest.raises(InputError, match=r"the prompt is 0 numbers .*expected at least 1 token ids"):
+    with pytest.raises(InputError, match=r"the prompt is empty; expected at least 1 token"):
         remix(demo, [], known)
     given = replace(known, embedding="given")
     with pytest.raises(InputError, match=r"embedding: none; expected \(192,\), made as the reference's"):

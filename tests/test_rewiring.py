@@ -261,9 +261,9 @@ def test_bad_arguments_are_named(demo: Model, text: list[int], arguments: dict[s
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([5], r"the context is 1 numbers of torch.int64; expected at least 2 token ids"),
-        ([], r"the context is 0 numbers"),
-        ([0.5, 1.5], r"2 numbers of torch.float64"),
+        ([5], r"the prompt is one token; expected at least 2 tokens"),
+        ([], r"the prompt is empty; expected at least 2 tokens"),
+        ([0.5, 1.5], r"the prompt is numbers of torch.float64; expected token ids"),
         ([5, 8192], r"token id 8192; demo knows ids from 0 to 8191"),
         ([-1, 3], r"token id -1"),
         ([5] * 1025, r"1025 tokens; demo is made for at most 1024"),

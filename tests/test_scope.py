@@ -23,7 +23,7 @@ def tokenizer() -> Any:
 def whole(ids: torch.Tensor, real: torch.Tensor | None = None, prompt: int | None = None) -> scope.Pass:
     """A pass over whole texts."""
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
-    return scope.Pass((ids.shape[0], ids.shape[1]), 0, ids.shape[1] if prompt is None else prompt, ids, real)
+    return scope.Pass((ids.shape[0], ids.shape[1]), 0, ids.shape[1] if prompt is None else prompt, ids, ids, real)
 
 
 def meant(text: str, now: scope.Pass) -> list[list[bool]]:
@@ -49,7 +49,9 @@ def test_positions_and_phases_count_without_padding_on_either_side() -> None:
     assert meant("position=0,3", now) == [[False, False, True, False], [True, False, False, True]]
     assert meant("position=1-2", whole(ids, left.flip(1))) == [[False, True, False, False], [False, True, True, False]]
     assert meant("phase=prompt", now) == left.tolist()
-    generated = scope.Pass((2, 1), 4, 4, ids[:, :1].expand(2, 5), torch.cat([left, torch.ones(2, 1).bool()], 1))
+    generated = scope.Pass(
+        (2, 1), 4, 4, ids[:, :1], ids[:, :1].expand(2, 5), torch.cat([left, torch.ones(2, 1).bool()], 1)
+    )
     assert meant("phase=generated", generated) == [[True], [True]]
     assert meant("phase=prompt", generated) == [[False], [False]]
     assert meant("position=2", generated) == [[True], [False]]
@@ -94,7 +96,9 @@ def test_a_text_is_treated_alike_in_one_pass_and_step_by_step(text: str, pattern
     real[:, :padding] = False
     at_once = meant(condition, whole(ids, real))[0]
     steps = [
-        meant(condition, scope.Pass((1, 1), end - 1, ids.shape[1], ids[:, :end], real[:, :end]))[0][0]
+        meant(condition, scope.Pass((1, 1), end - 1, ids.shape[1], ids[:, end - 1 : end], ids[:, :end], real[:, :end]))[
+            0
+        ][0]
         for end in range(1, ids.shape[1] + 1)
     ]
     assert at_once == steps
@@ -126,6 +130,21 @@ def test_what_is_no_scope_is_refused(text: str, message: str) -> None:
         scope.check(text, tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "apart"),
+    [
+        ("all", "phase=prompt", False),
+        ("phase=prompt", "phase=generated", True),
+        ("phase=prompt", "position=3", False),
+        ("position=0-3", "position=4+", True),
+        ("position=0-4", "position=4+ & token~a", False),
+        ("token~a", "token~b", False),
+    ],
+)
+def test_scopes_are_apart_only_where_that_is_sure(one: str, other: str, apart: bool) -> None:
+    assert scope.apart(one, other) == scope.apart(other, one) == apart
+
+
 def test_scopes_of_generated_tokens_alone_are_known() -> None:
     assert scope.generated_only("phase=generated") and scope.generated_only("position=3+ & phase=generated")
     assert not any(map(scope.generated_only, ("all", "phase=prompt", "phase=prompt,generated", "position=3")))
@@ -135,6 +154,6 @@ def test_a_scope_about_text_needs_a_tokenizer_and_token_ids() -> None:
     with pytest.raises(InputError, match="has no tokenizer"):
         scope.check("phase=prompt & token~a", None)
     scope.check("phase=prompt", None)
-    now = scope.Pass((1, 2), 0, 2, None, torch.ones(1, 2).bool())
+    now = scope.Pass((1, 2), 0, 2, None, None, torch.ones(1, 2).bool())
     with pytest.raises(InputError, match="given embeddings"):
         scope.where("token~a", now, tokenizer())

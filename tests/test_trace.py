@@ -110,6 +110,8 @@ def broken_files(path, folder):
     yield "empty", "is empty"
     (folder / "text").write_text("hello")
     yield "text", "not a DuckDB file"
+    (folder / "list.json").write_text('[{"a": 1}]')
+    yield "list.json", "not a DuckDB file"
     (folder / "noise").write_bytes(os.urandom(50_000))
     yield "noise", "not a DuckDB file"
     for part in (100, 9_000, 13_000, len(whole) // 2, len(whole) - 150_000):

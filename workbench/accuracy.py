@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from workbench import figures
 from workbench.analysis.resampling import draws, interval
 from workbench.conditions import PLAIN, RANDOM, STEERED, conditions, refuse_generation
-from workbench.errors import InputError, RunError
+from workbench.errors import InputError, RunError, not_negative
 from workbench.intervening import Given, intervene
 from workbench.models import Model, load
 
@@ -87,6 +87,7 @@ def accuracy(
     with _quiet():
         configs = {path: _config(path, trust_code) for path in paths}
         kinds = {task.OUTPUT_TYPE for task in _tasks(manager, configs, limit).values()}
+    not_negative(n_resamples=n_resamples)
     loaded = model if isinstance(model, Model) else load(model)
     if loaded.tokenizer is None:
         raise InputError(f"model {loaded.name} has no tokenizer: load it with `workbench.load(…, tokenizer=…)`")

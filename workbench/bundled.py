@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+MODELS = {"demo": "models/demo", "demo-early": "models/demo-early"}
+"""Name of a bundled model -> where it lies."""
+
 _PACKAGE = Path(__file__).resolve().parent
 
 

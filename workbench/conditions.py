@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from workbench.errors import InputError
+from workbench.errors import InputError, not_negative
 from workbench.intervening import Given, Intervened, about_generation, check, in_force, interventions_of
 from workbench.interventions import AnyIntervention, Contrast, Delta, OnExperts, Remix, control
 from workbench.models import Model
@@ -23,6 +23,7 @@ def conditions(model: Model, recipe: Given, n_random: int, seed: int) -> Conditi
     """
     if n_random < 0:
         raise InputError(f"n_random is {n_random}; expected the number of random controls, 0 for none.")
+    not_negative(seed=seed)
     steered = interventions_of(recipe, model)
     check(model, steered)
     found: Conditions = {PLAIN: (), STEERED: steered}

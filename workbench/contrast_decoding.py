@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,22 +30,31 @@ def contrasting(
     count: Callable[[int], None],
 ) -> Iterator[None]:
     """Inside the block, the model's logits are contrasted with those of `weak` under the edits of the contrast."""
-    held: dict[str, Any] = {}
+    caches: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # the model's -> that of the weak pass
+    passed: list[Any] = []
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() == 0:
-            held["cache"] = copy.deepcopy(cache)
-        elif cache is not None and held.get("cache") is None:
-            raise InputError("Contrast: the cache was filled before the interventions began: begin with the prompt.")
-        given = kwargs if cache is None else kwargs | {"past_key_values": held["cache"]}
-        out = weak.module(*args, **given)
-        held["cache"] = getattr(out, "past_key_values", None)
-        held["logits"] = out.logits
+        if cache is not None:
+            past = cache.get_seq_length()
+            if past == 0:
+                caches[cache] = copy.deepcopy(cache)
+            elif cache not in caches:
+                raise InputError("Contrast: the cache was filled before the interventions: begin with the prompt.")
+            elif caches[cache].get_seq_length() > past:  # the model's was cut
+                caches[cache].crop(past - caches[cache].get_seq_length())
+            kwargs = kwargs | {"past_key_values": caches[cache]}
+        passed[:] = [weak.module(*args, **kwargs)]
 
     def after(_module: nn.Module, _args: Any, out: Any) -> Any:
+        other = passed.pop()
+        if not hasattr(out, "logits") or getattr(out, "loss", None) is not None:
+            raise InputError("Contrast changes the logits: call the model without labels and with return_dict.")
+        cache = getattr(out, "past_key_values", None)
+        if cache is not None:
+            caches[cache] = other.past_key_values
         count(out.logits.shape[0] * out.logits.shape[1])
-        out.logits = contrasted(out.logits, held.pop("logits"), contrast.alpha, contrast.beta)
+        out.logits = contrasted(out.logits, other.logits, contrast.alpha, contrast.beta)
         return out
 
     with intervene(weak, contrast.weak):

@@ -34,6 +34,7 @@ from workbench.interventions import (
 from workbench.layers import Layer
 from workbench.replay import Recorded
 from workbench.scores import log_probabilities
+from workbench.weights import normalises
 
 Where = Callable[[str], Tensor | None]
 """Text of a scope -> bool (T,), or None for all tokens of the pass."""
@@ -42,6 +43,8 @@ Recordings = Callable[[Replay], Recorded]
 
 SUNK = 1e4
 """How far below the smallest logit that of an ablated expert is put: exp(-1e4) is 0 in every precision."""
+SUNK_SOFTPLUS = 60.0
+"""The same for sqrt-softplus scores, whose gradient is NaN where the score underflows."""
 _LOGIT_ORDER = (Remix, Delta, Bias)
 
 
@@ -102,16 +105,19 @@ def plan(layer: Layer, edits: Sequence[Intervention]) -> Plan:
         layer=layer,
         classes=_classes(layer),
         logits=tuple(on_logits),
-        choice=tuple(edit for edit in edits if isinstance(edit, (Force, Forbid)) or _level(edit) in _BEFORE),
+        choice=tuple(
+            edit
+            for edit in edits
+            if isinstance(edit, Force | Forbid) or (isinstance(edit, Ablate) and edit.level != "output")
+        ),
         counts=counts,
         top_p=top_p,
         replay=next((edit for edit in reversed(edits) if isinstance(edit, Replay)), None),
-        weights=tuple(edit for edit in edits if isinstance(edit, Scale) or _level(edit) == "output"),
+        weights=tuple(
+            edit for edit in edits if isinstance(edit, Scale) or (isinstance(edit, Ablate) and edit.level == "output")
+        ),
         top_k=most,
     )
-
-
-_BEFORE = ("logits", "selection")
 
 
 def _level(edit: Intervention) -> str | None:
@@ -161,7 +167,8 @@ def _on_logits(layer: Layer, edit: Intervention, z: Tensor, scope: Tensor | None
     elif isinstance(edit, Force):
         new = (z.max(-1, keepdim=True).values + edit.margin).expand(-1, len(experts))
     else:
-        depth = edit.margin if isinstance(edit, Forbid) else SUNK
+        sunk = SUNK_SOFTPLUS if layer.scoring == "sqrt-softplus" else SUNK
+        depth = edit.margin if isinstance(edit, Forbid) else sunk
         new = (z.min(-1, keepdim=True).values - depth).expand(-1, len(experts))
     z[:, experts] = new if scope is None else torch.where(scope[:, None], new, z[:, experts])
     return z
@@ -204,6 +211,7 @@ class Choosing(TorchFunctionMode):
             {"gather"} if hashed else {selects, "max"} if self._groups or selects == "argmax" else {selects}
         )
         self._chosen = 0  # selecting calls seen: sparsemixer selects one expert after the other
+        self._before_groups: Tensor | None = None  # scores (T, E) before those of other groups were masked
         self.logits: Tensor | None = None
         self.selected = False
 
@@ -213,6 +221,7 @@ class Choosing(TorchFunctionMode):
         if name in self._selecting and self._plan.selects and isinstance(args[0] if args else None, Tensor):
             x, experts = args[0], self._plan.layer.n_experts
             if self._groups and x.dim() == 3 and x.shape[1] * x.shape[2] == experts:
+                self._before_groups = x.reshape(-1, experts)
                 return func(self._edited(x, finite=True), *args[1:], **kwargs)
             if x.shape[-1] in (experts, self._plan.classes) and not (self._groups and x.dim() == 3):
                 self.selected = True
@@ -232,7 +241,9 @@ class Choosing(TorchFunctionMode):
         if name == "topk":
             k = kwargs.pop("k") if "k" in kwargs else args[0]
             first, n = self.ranks(k)
-            kwargs["sorted"] = kwargs.get("sorted", True) or n != k or first > 0
+            kwargs["sorted"] = kwargs.get("sorted", True) or n != k or first > 0 or self._plan.cuts
+            if self._before_groups is not None and self._plan.choice:
+                edited = self._filled(x, edited, first + n)
             ids = func(edited, first + n, *args[1:], **kwargs).indices[..., first:]
         else:
             ids = func(edited, *args, **kwargs)
@@ -272,6 +283,15 @@ class Choosing(TorchFunctionMode):
                 new = torch.where(flat[:, experts] == -torch.inf, -torch.inf, new)
             edited[:, experts] = new if scope is None else torch.where(scope[:, None], new, edited[:, experts])
         return edited.view(x.shape)
+
+    def _filled(self, x: Tensor, edited: Tensor, k: int) -> Tensor:
+        """Where the groups of a token have fewer than k experts left, the best of the other groups are the next."""
+        before = self._before_groups
+        assert before is not None
+        outside = (x != before) & edited.isfinite()
+        short = (~outside & (edited > -torch.inf)).sum(-1, keepdim=True) < k
+        span = before.amax(-1, keepdim=True) - before.amin(-1, keepdim=True) + 1
+        return torch.where(outside & short, before - 2 * span, edited)
 
     def _rehashed(self, scores: Tensor, ids: Tensor) -> Tensor:
         """What the token id selects, but for experts that can't be or must be: the best by score take their place."""
@@ -318,7 +338,11 @@ def weigh(
         ids, weights = _cut(plan, ids, weights, logits, where)
     if plan.replay is not None:
         record = recorded(plan.replay)
-        new = weights.masked_fill(record.experts < 0, 0) if record.weights is None else record.weights.to(weights.dtype)
+        new = weights.masked_fill(record.experts < 0, 0)
+        if record.weights is not None:
+            new = record.weights.to(weights.dtype)
+        elif normalises(plan.layer):
+            new = torch.where((record.experts < 0).any(-1, keepdim=True), _to_sum(new, weights), new)
         weights = torch.where(record.known[:, None], new, weights)
     for edit in plan.weights:
         scope = where(edit.scope)
@@ -370,7 +394,7 @@ def _cut(plan: Plan, ids: Tensor, weights: Tensor, logits: Tensor | None, where:
         end = until if scope is None else torch.where(scope[:, None], until, end)
     kept = (ranks >= begin) & (ranks < end)
     new = torch.where(kept, weights, 0)
-    if "renormalised" in layer.gating or "top-k, softmax" in layer.gating:
+    if normalises(layer):
         # The sum of all that were selected, which a family that normalises gives to any k of them.
         new = torch.where(kept.all(-1, keepdim=True), weights, _to_sum(new, weights))
     used = kept.any(0)

@@ -14,6 +14,7 @@ from torch.nn.functional import log_softmax
 from tqdm.auto import tqdm
 
 from workbench.conditions import STEERED, Conditions, under
+from workbench.errors import RunError
 from workbench.forward import next_token_nll, pad_id
 from workbench.intervening import Intervened
 from workbench.losses import next_token_logits
@@ -39,7 +40,10 @@ class Sums:
 
 
 def effects(model: Model, texts: list[Sequence], runs: Conditions, batch_tokens: int, progress: bool) -> list[Sums]:
-    """All conditions over all texts, batch by batch, in the order of `runs`. RunError if the recipe touched nothing."""
+    """All conditions over all texts, batch by batch, in the order of `runs`.
+
+    RunError if the recipe touched nothing, or where a loss isn't a number.
+    """
     ids = np.unique(np.concatenate([text.token_ids for text in texts]))
     known = np.zeros(max(int(ids[-1]), pad_id(model)) + 1, np.int64)
     known[ids] = token_classes(model.tokenizer, ids.tolist())
@@ -71,6 +75,11 @@ def effects(model: Model, texts: list[Sequence], runs: Conditions, batch_tokens:
                 numbers = predicted, predicted, used.sum(0)
                 of_tokens = torch.stack([x.double() for x in (*values, *numbers)])
                 sums.of_class[:, :, places] = _by_class(of_tokens, class_of_id[ids])
+                if np.isnan(sums.of_class[0, 0, places]).any():
+                    raise RunError(
+                        f"{name}: the loss is not a number, since logits are NaN or infinite. Take a weaker edit, or "
+                        "compute in float32."
+                    )
                 sums.of_layer[:, :, places] = torch.stack([overlap.sum(-1), used.sum(-1)]).cpu().numpy()
                 bar.update(int(mask.sum()))
                 del logits  # before the next condition's are made

@@ -10,3 +10,10 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that began correctly could not finish; what it had committed is kept."""
+
+
+def not_negative(**numbers: int) -> None:
+    """InputError for the first number below 0: a seed, or how often to draw."""
+    for name, number in numbers.items():
+        if number < 0:
+            raise InputError(f"{name} is {number}; expected 0 or more.")

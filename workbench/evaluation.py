@@ -43,7 +43,7 @@ from workbench.analysis.resampling import text_interval
 from workbench.analysis.token_means import by_group, drawn_texts, in_blocks, ratio, resampled
 from workbench.conditions import PLAIN, RANDOM, STEERED, conditions, refuse_generation
 from workbench.effects import MEASURES, effects
-from workbench.errors import InputError
+from workbench.errors import InputError, not_negative
 from workbench.intervening import Given
 from workbench.losses import texts_with_loss
 from workbench.models import Model, load
@@ -82,8 +82,10 @@ def evaluate(
     segments of a corpus, or texts). Intervals are NaN where there is a single text.
 
     Raises InputError for a recipe that isn't for this model, a Contrast, a column that the texts don't have, a model
-    without tokenizer or one that doesn't predict the next token; RunError if the recipe touched no token at all.
+    without tokenizer or one that doesn't predict the next token; RunError if the recipe touched no token at all, or
+    where a condition's loss isn't a number.
     """
+    not_negative(n_resamples=n_resamples)
     loaded = model if isinstance(model, Model) else load(model)
     runs = conditions(loaded, recipe, n_random, seed)
     refuse_generation(runs, "a loss")

@@ -46,7 +46,7 @@ from workbench.analysis.importance import decisive, importance, possible
 from workbench.analysis.importance_difference import importance_difference
 from workbench.analysis.resampling import q_values
 from workbench.analysis.task_experts import task_experts
-from workbench.errors import InputError, RunError
+from workbench.errors import InputError, RunError, not_negative
 from workbench.interventions import Ablate, Bias, Forbid, Force, OnExperts, Scale
 from workbench.recipe import Recipe, of_trace
 from workbench.tracefile import Trace
@@ -174,6 +174,7 @@ def scores(
         )
     wanted = check_layers(trace, layers)
     sampling = {"n_resamples": n_resamples, "n_permutations": n_permutations, "seed": seed}
+    not_negative(**sampling)
     if method == "importance":
         found = of_importance(trace, group, versus, score or decisive(possible(trace, None)), sampling)
     elif method == "rate_difference":

@@ -28,6 +28,7 @@ from workbench.interventions import (
 )
 from workbench.layers import Layer, family_of
 from workbench.models import Model
+from workbench.weights import uncut
 
 NO_INTERVENTION: dict[str, str] = {
     "product keys": "one module makes its logits, selects and runs its experts, with nothing in between to edit",
@@ -142,10 +143,29 @@ def _check_together(layer: Layer, edits: Sequence[Intervention]) -> None:
     """What the edits of a layer ask of it together."""
     counts = [edit for edit in edits if isinstance(edit, SetTopK | TopP)]
     scoped = [edit for edit in counts if edit.scope != "all" or isinstance(edit, TopP)]
-    if scoped and family_of(layer.router) == "inkling":
+    if scoped and uncut(layer):
         raise InputError(
-            f"{_name(scoped[0])} at layer {layer.index}: this family normalises weights together with its shared "
-            "experts, so tokens can't differ in their number of experts; SetTopK for all tokens is possible."
+            f"{_name(scoped[0])} at layer {layer.index}: this family {uncut(layer)}, so tokens can't differ in their "
+            "number of experts; SetTopK for all tokens is possible."
+        )
+    forced_late = [edit for edit in edits if isinstance(edit, Force) and edit.level == "selection"]
+    if scoped and forced_late and layer.family.layout == "dense":
+        raise InputError(
+            f"layer {layer.index}: this family's selection has no ranks, so {_name(scoped[0])} might cut an expert "
+            'that is forced with level="selection"; use level="logits".'
+        )
+    lost = {
+        expert
+        for edit in edits
+        if isinstance(edit, Ablate) and edit.level == "logits"
+        for late in forced_late
+        if not scope.apart(edit.scope, late.scope)
+        for expert in set(edit.experts) & set(late.experts)
+    }
+    if lost:
+        raise InputError(
+            f'layer {layer.index}: expert {min(lost)} is ablated and forced with level="selection", so it would be '
+            'selected with weight 0; force it with level="logits", or don\'t ablate it.'
         )
     replays = [edit for edit in edits if isinstance(edit, Replay)]
     if replays and (counts or len(replays) > 1):
@@ -156,7 +176,7 @@ def _check_together(layer: Layer, edits: Sequence[Intervention]) -> None:
     k = min([layer.top_k, *(edit.k for edit in counts if isinstance(edit, SetTopK))])
     forced = [edit for edit in edits if isinstance(edit, Force)]
     for text in {edit.scope for edit in forced}:
-        together = {expert for edit in forced if edit.scope in (text, "all") for expert in edit.experts}
+        together = {expert for edit in forced if not scope.apart(edit.scope, text) for expert in edit.experts}
         if len(together) > k:
             raise InputError(
                 f"{len(together)} experts are forced at layer {layer.index} ({_listed(together)}), but a token has "
@@ -165,7 +185,7 @@ def _check_together(layer: Layer, edits: Sequence[Intervention]) -> None:
     gone = [edit for edit in edits if isinstance(edit, Forbid) or (isinstance(edit, Ablate) and edit.level != "output")]
     k = max([layer.top_k, *(edit.first - 1 + edit.k for edit in counts if isinstance(edit, SetTopK))])
     for text in {edit.scope for edit in gone}:
-        together = {expert for edit in gone if edit.scope in (text, "all") for expert in edit.experts}
+        together = {expert for edit in gone if not scope.apart(edit.scope, text) for expert in edit.experts}
         left = layer.n_experts - len(together)
         if together and left <= k:
             raise InputError(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from workbench.capture import embeddable
 from workbench.corpus import from_rows
-from workbench.errors import InputError, RunError
+from workbench.errors import InputError, RunError, not_negative
 from workbench.forward import pad_id, predicts_next, reads_twice, routing
 from workbench.intervening import Given, intervene
 from workbench.interventions import control as random_control
@@ -117,10 +117,12 @@ def generate(
     on_step        called with each Step; what it raises is passed on, and True stops
 
     InputError for a prompt without tokens or too long, a model that can't continue a text, and what `intervene`
-    refuses; RunError if the model fails, or an intervention touched nothing (not when on_step stopped).
+    refuses; RunError if the model fails, its logits make no probabilities, or an intervention touched nothing (not when
+    on_step stopped).
     """
     model = model if isinstance(model, Model) else load(model)
-    _check(model, max_tokens, temperature, candidates)
+    _check(model, max_tokens, temperature)
+    not_negative(seed=seed, candidates=candidates)
     ids = prompt_ids(model, prompt, chat, max_tokens)
     recorder = None if record is None else Recorder(model, record)
     module: Any = model.module
@@ -133,6 +135,10 @@ def generate(
     def keep(_ids: Tensor, scores: Tensor) -> Tensor:
         nonlocal logits
         logits = scores
+        if logits.float().softmax(-1).isnan().any():  # some -inf are fine: tokens that Contrast makes impossible
+            raise RunError(
+                f"the logits are NaN or infinite after {len(steps)} tokens: take a weaker edit, or compute in float32."
+            )
         return scores
 
     def see(so_far: Tensor, _scores: Any) -> Tensor:
@@ -199,6 +205,7 @@ def compare(
     control  a seed: also continue it under the same edits of random experts, as "control"
     options  further arguments of `generate`
     """
+    not_negative(seed=control or 0)
     recipe = as_recipe(interventions)
     recipes = {"plain": None, "steered": recipe}
     if control is not None:
@@ -264,7 +271,7 @@ def _step(model: Model, token_id: int, text: str, logits: Tensor, n: int, seen: 
     return Step(token_id, texts[token_id], text, float(p[token_id]), likely, seen)
 
 
-def _check(model: Model, max_tokens: int, temperature: float, candidates: int) -> None:
+def _check(model: Model, max_tokens: int, temperature: float) -> None:
     if model.tokenizer is None:
         raise InputError(f"model {model.name} has no tokenizer: load it with `workbench.load(…, tokenizer=…)`")
     if reads_twice(model) or not predicts_next(model):
@@ -273,14 +280,12 @@ def _check(model: Model, max_tokens: int, temperature: float, candidates: int) -
         raise InputError(f"max_tokens is {max_tokens}; expected at least 1 token to generate.")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise InputError(f"temperature is {temperature}; expected 0 (the most likely token) or a number above it.")
-    if candidates < 0:
-        raise InputError(f"candidates is {candidates}; expected 0 or more.")
 
 
 def prompt_ids(model: Model, prompt: str | list[Mapping[str, Any]], chat: bool, max_tokens: int) -> list[int]:
     """Token ids of the prompt: those the tokenizer puts before a text, but none that it puts behind it."""
     if isinstance(prompt, str) and not prompt.strip():
-        raise InputError(f"the prompt is {prompt!r}; expected some text to continue.")
+        raise InputError(f"the prompt is {prompt!r}; expected some text.")
     messages = [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
     row = {"text": messages} if isinstance(messages, str) else {"messages": [dict(each) for each in messages]}
     found = sequences(from_rows([row], name="prompt"), model.tokenizer, max_length=sys.maxsize, generation_prompt=True)

@@ -22,6 +22,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,10 @@ from workbench.contrast_decoding import contrasting
 from workbench.edits import Choosing, Plan, among, plan, weigh
 from workbench.errors import InputError, RunError
 from workbench.fitting import per_layer
+from workbench.forward import reads_twice
 from workbench.hooked import INTERVENED, RECORDED
 from workbench.interventions import AnyIntervention, Contrast, Intervention, OnExperts, RandomExperts, Replay
-from workbench.layers import Layer
+from workbench.layers import Layer, family_of
 from workbench.models import Model, load, twin
 from workbench.observation import unsort
 from workbench.recipe import Recipe, check_model, read_recipe
@@ -71,14 +73,13 @@ def in_force(model: Model, applied: Intervened) -> Iterator[None]:
             raise InputError("a recorder of this model is active already: enter it inside `intervene`, to see edits.")
         INTERVENED[model.module] = applied
     try:
-        weak = None  # made before any hook is there to be copied
-        if applied.contrast is not None:
-            weak = load(twin(model.module), tokenizer=model.tokenizer)
+        place = applied.contrast
+        # Made before any hook is there to be copied.
+        weak = None if place is None else load(twin(model.module), tokenizer=model.tokenizer)
         with ExitStack() as held:
             held.enter_context(applied.hooked())
-            if weak is not None:
-                place = applied.contrast
-                contrast = applied.interventions[place]
+            if weak is not None and place is not None:
+                contrast: Any = applied.interventions[place]
                 held.enter_context(contrasting(model, contrast, weak, intervene, partial(applied.count, place)))
             yield
     finally:
@@ -144,8 +145,10 @@ class Intervened:
         self.contrast = next(places, None)
         self._thread = 0
         self._prompt: int | None = None  # places of the prompt, inside generate
+        self._padding: Tensor | None = None  # its attention mask
         self._given: dict[str, Any] = {}  # what the model itself was called with
-        self._passes: dict[int, scope.Pass] = {}  # by owner
+        self._passes: dict[int, scope.Pass] = {}  # by owner: the pass that runs, or ran last
+        self._read: WeakKeyDictionary[Any, dict[int, scope.Pass]] = WeakKeyDictionary()  # cache -> its last, by owner
         self._modes: dict[int, Choosing] = {}  # by layer: the last run of its router
         tops = {index: one.top_k for index, one in self._plans.items()}
         self.layers = tuple(replace(layer, top_k=tops.get(layer.index, layer.top_k)) for layer in model.layers)
@@ -180,8 +183,10 @@ class Intervened:
         with ExitStack() as held:
             owners = {id(self._model.layers[index].owner): self._model.layers[index].owner for index in self._plans}
             held.callback(module.register_forward_pre_hook(self._called, with_kwargs=True, prepend=True).remove)
+            held.callback(module.register_forward_hook(self._returned, always_call=True).remove)
             for owner in owners.values():
                 held.callback(owner.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True).remove)
+                held.callback(owner.register_forward_hook(self._ended, with_kwargs=True).remove)
             if callable(getattr(module, "generate", None)):
                 held.enter_context(replaced(module, "generate", self._generate))
             for index, one in self._plans.items():
@@ -198,13 +203,12 @@ class Intervened:
     def _called(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._given = {"input_ids": args[0]} | kwargs if args else kwargs
 
+    def _returned(self, _module: nn.Module, _args: Any, _out: Any) -> None:
+        self._given = {}
+
     def _begin(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A stack starts: its inputs say which tokens come, and what came before them."""
-        if threading.get_ident() != self._thread:
-            raise RunError(
-                "another thread runs a model that is being intervened on: run it in the thread that entered "
-                "`intervene`, or load it twice."
-            )
+        self._check_thread()
         given = ({"input_ids": args[0]} if args else {}) | kwargs
         found = (given.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
         first = next((x for x in (*found, *args) if isinstance(x, Tensor) and x.dim() >= 2), None)
@@ -212,46 +216,72 @@ class Intervened:
             raise RunError(f"{type(owner).__name__} was called without token ids or embeddings.")
         rows, new = first.shape[:2]
         decoder = any(layer.owner is owner and layer.stack == "decoder" for layer in self._model.layers)
+        encoded = decoder and reads_twice(self._model)
+        prefix = "decoder_" if encoded else ""
         ids = given.get("input_ids")
-        if ids is None and isinstance(self._given.get("input_ids"), Tensor):
-            ids = self._given["input_ids"] if self._given["input_ids"].shape == (rows, new) else None
-        mask = next(
-            (m for m in (given.get("attention_mask"), self._given.get("attention_mask")) if _is_mask(m, rows)), None
-        )
-        past = _past(given.get("past_key_values"), mask, new)
+        of_model = self._given.get(f"{prefix}input_ids")
+        if ids is None and isinstance(of_model, Tensor) and of_model.shape == (rows, new):
+            ids = of_model
+        cache = given.get("past_key_values")
+        masks = (given.get("attention_mask"), self._given.get(f"{prefix}attention_mask"))
+        mask = next((found for found in masks if _is_mask(found, rows)), None)
+        past = _past(cache, mask, new)
+        if mask is None and self._padding is not None and not encoded:  # a static cache: the mask has other dimensions
+            mask = self._padding.repeat_interleave(rows // len(self._padding), 0)
+            mask = nn.functional.pad(mask, (0, past + new - mask.shape[1]), value=1)
         real = torch.ones(rows, past + new, dtype=torch.bool, device=first.device)
         if mask is not None and mask.shape[1] == past + new:
             real = mask.bool().to(first.device)
-        earlier = self._passes.get(id(owner))
+        earlier = self._read.get(cache, {}).get(id(owner)) if cache is not None and past else None
+        so_far = ids
         if past and ids is not None:
-            known = earlier.ids if earlier is not None else None
-            ids = None if known is None or known.shape[1] < past else torch.cat([known[:, :past], ids], 1)
-        encoded = decoder and getattr(getattr(self._model.module, "config", None), "is_encoder_decoder", False)
+            known = None if earlier is None else earlier.ids
+            so_far = None if known is None or known.shape[1] < past else torch.cat([known[:, :past], ids], 1)
         if self._prompt is None or not decoder:
             prompt = (earlier.prompt if earlier is not None else past) if past else new
         else:
             prompt = 0 if encoded else self._prompt
-        self._passes[id(owner)] = scope.Pass((rows, new), past, prompt, ids, real)
+        self._passes[id(owner)] = scope.Pass((rows, new), past, prompt, ids, so_far, real)
+
+    def _ended(self, owner: nn.Module, _args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """A stack has run: what its cache holds is known for the next pass with it."""
+        for cache in (kwargs.get("past_key_values"), getattr(out, "past_key_values", None)):
+            if cache is not None and not isinstance(cache, tuple):
+                self._read.setdefault(cache, {})[id(owner)] = self._passes[id(owner)]
+
+    def _check_thread(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise RunError(
+                "another thread runs a model that is being intervened on: run it in the thread that entered "
+                "`intervene`, or load it twice."
+            )
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._check_thread()
         given = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs"), *args) if isinstance(x, Tensor)), None)
         embedded = kwargs.get("inputs_embeds")
-        self._prompt = given.shape[1] if given is not None else embedded.shape[1] if embedded is not None else 1
-        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
+        places = given.shape[1] if given is not None else embedded.shape[1] if embedded is not None else 1
+        configs = [x for x in (kwargs.get("generation_config"), *args) if hasattr(x, "num_beams")]
+        configs.append(self._model.module.generation_config)
+        beams = kwargs.get("num_beams") or getattr(configs[0], "num_beams", None) or 1
         followed = any("text" in edit.scope or isinstance(edit, Replay) for edit in self._edits)
-        if beams > 1 and (followed or any(isinstance(one, Contrast) for one in self.interventions)):
+        if beams > 1 and (followed or self.contrast is not None):
             raise InputError(f"num_beams is {beams}: scopes of text, Replay and Contrast follow one text, not beams.")
+        mask = kwargs.get("attention_mask")
+        self._prompt, self._padding = places, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         try:
             return original(*args, **kwargs)
         finally:
-            self._prompt = None
+            self._prompt = self._padding = None
 
     def _route(self, one: Plan, selecting: bool, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The router, or the method of its block that selects, with its functions watched."""
+        if INTERVENED.get(self._model.module) is not self:  # put back by something that was left in the wrong order
+            return original(*args, **kwargs)
         now, layer = self._now(one.layer), one.layer
         mode = Choosing(one, partial(self._where, now), partial(self._recorded, now, layer))
         with ExitStack() as held:
-            if one.uniform is not None or one.cuts:
+            if one.uniform is not None and family_of(layer.router) == "inkling":
                 held.enter_context(_sized(layer, mode))
             held.enter_context(mode)
             out = original(*args, **kwargs)
@@ -262,10 +292,12 @@ class Intervened:
             return out
         if (one.selects and not mode.selected) or (one.logits and mode.logits is None):
             raise RunError(f"{layer.name} routes in a way that can't be seen (fused kernels?), so it can't be edited.")
-        for edit in {id(edit): edit for edit in (*one.logits, *one.choice, *one.counts, *one.top_p)}.values():
-            self.count(self._place[id(edit)], self._size(now, edit.scope))
-        if one.replay is not None:
-            self.count(self._place[id(one.replay)], self._size(now, one.replay.scope))
+        if layer.index not in now.counted:
+            now.counted.add(layer.index)
+            replay = () if one.replay is None else (one.replay,)
+            edits = (*one.logits, *one.choice, *one.counts, *one.top_p, *replay)
+            for edit in {id(edit): edit for edit in edits}.values():
+                self.count(self._place[id(edit)], self._size(now, edit.scope))
         return out
 
     def _weighing(self, one: Plan) -> Callable[[], None]:
@@ -305,7 +337,8 @@ class Intervened:
         return tuple(values[: len(args)]), dict(zip(names, values[len(args) :], strict=True))
 
     def _dense(self, one: Plan, _module: nn.Module, _args: Any, out: Any) -> Any:
-        weights, ids = out[0].topk(one.top_k, dim=-1)
+        n_selected = max(1, int((out[0] != 0).sum(-1).max()))
+        weights, ids = out[0].topk(n_selected, dim=-1)
         ids, new = self._weighed(one, ids, weights)
         return (torch.zeros_like(out[0]).scatter(-1, ids, new), *out[1:])
 
@@ -351,8 +384,8 @@ def replaced(owner: Any, name: str, new: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def _sized(layer: Layer, mode: Choosing) -> Iterator[None]:
-    """The selector's own top_k, which some routers use besides their top-k, is that of the interventions."""
-    owner = layer.selector[0]
+    """The router's own top_k, by which this family cuts its weights, is that of the interventions."""
+    owner: Any = layer.selector[0]
     had = vars(owner).get("top_k")
     if had is not None:
         owner.top_k = mode.ranks(had)[1]

@@ -73,7 +73,8 @@ class Ablate(OnExperts):
                  expert takes its place. "output": selected as ever, but with weight 0, and nothing takes its place
     renormalise  with "output": scale a token's other weights so that their sum stays
 
-    At least k + 1 experts must be left to select from.
+    At least k + 1 experts must be left to select from. In a family that limits a token to some groups of experts, the
+    choice of groups is its own; where these have fewer than k experts left, the best of the others fill up.
     """
 
     level: Literal["logits", "selection", "output"] = "logits"
@@ -254,10 +255,12 @@ class Replay(Intervention):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomExperts:
-    """The control for every claim about experts: the same edit of as many other experts, drawn at random.
+    """The control for every claim about experts: the same edit of as many experts drawn at random from the layer.
 
     edit  an intervention that names experts (or a Delta or Remix, whose vector is permuted)
     seed  draws, for each layer, a permutation of its experts; edits with the same seed share it
+
+    All experts can be drawn, those of the edit included.
     """
 
     edit: Intervention

@@ -21,14 +21,16 @@ from workbench.models import Model
 
 
 def as_ids(
-    model: Model, token_ids: Sequence[int] | np.ndarray | Tensor, name: str = "the context", least: int = 2
+    model: Model, token_ids: Sequence[int] | np.ndarray | Tensor, name: str = "the prompt", least: int = 2
 ) -> Tensor:
     """int64 (1, n) on the model's device. InputError for fewer than `least` tokens, ids that the model doesn't have."""
     if reads_twice(model) or not predicts_next(model):
         raise InputError(f"{model.family} doesn't predict the next token of a text, so there is no loss to learn from.")
     ids = (token_ids if isinstance(token_ids, Tensor) else torch.from_numpy(np.array(token_ids))).flatten()
-    if len(ids) < least or ids.is_floating_point():
-        raise InputError(f"{name} is {len(ids)} numbers of {ids.dtype}; expected at least {least} token ids.")
+    if len(ids) < least:
+        raise InputError(f"{name} is {['empty', 'one token'][len(ids)]}; expected at least {least} tokens.")
+    if ids.is_floating_point():
+        raise InputError(f"{name} is numbers of {ids.dtype}; expected token ids, whole numbers.")
     n: int = model.module.get_input_embeddings().num_embeddings  # type: ignore[operator,assignment]
     outside = ids[(ids < 0) | (ids >= n)]
     if len(outside):

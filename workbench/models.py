@@ -30,8 +30,6 @@ from workbench.quantization import quantise, quietly
 
 __all__ = ["Layer", "Model", "describe", "find_layers", "load", "twin"]
 
-_BUNDLED = {"demo": "models/demo", "demo-early": "models/demo-early"}
-
 # In order of preference: the first class that knows the configuration loads it.
 _AUTO_CLASSES = (
     transformers.AutoModelForCausalLM,
@@ -104,7 +102,8 @@ def load(
                int8's, the memory isn't: see `workbench.quantization`
 
     InputError if there is no such model, a file is missing or truncated, weights are missing, the model is dense, its
-    family can't be traced, its experts run in kernels that can't be seen into, or int8 is asked for without torchao.
+    family can't be traced, its experts run in kernels that can't be seen into, there is no such device, or int8 is
+    asked for without torchao.
     """
     computing, int8 = _dtype(dtype)
     if isinstance(model, nn.Module):
@@ -113,6 +112,7 @@ def load(
                 f"dtype {dtype!r}: a module in memory is used as it is; give the folder or id of a checkpoint."
             )
         return _wrap(model, _name(model), tokenizer, revision)
+    _check_device(device)
     source = _locate(model)
     config = _config(source, revision, trust_remote_code)
     _check_family(source, config, trust_remote_code)
@@ -245,8 +245,8 @@ def _dense(name: object, module: nn.Module) -> str:
 def _locate(model: str | Path) -> str:
     """The folder or Hub id that `model` means."""
     text = str(model)
-    if text in _BUNDLED:
-        return str(bundled.path(_BUNDLED[text]))
+    if text in bundled.MODELS:
+        return str(bundled.path(bundled.MODELS[text]))
     path = Path(text).expanduser()
     if path.is_dir() and text.strip():
         if not (path / "config.json").is_file():
@@ -296,6 +296,17 @@ def _tokenizer(source: str, wanted: bool, trust_remote_code: bool) -> Any:
         return None
     with _explained(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _check_device(device: str | torch.device) -> None:
+    """InputError unless this torch, on this machine, can put something there."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, ImportError) as error:  # torch without CUDA fails an assertion
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"device {str(device)!r} can't be used: {said}. Take cpu; cuda needs a GPU and a torch built for it."
+        ) from error
 
 
 def _dtype(dtype: str | torch.dtype) -> tuple[str | torch.dtype, bool]:

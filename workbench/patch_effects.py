@@ -174,8 +174,8 @@ def findings(frame: pd.DataFrame) -> list[str]:
     n_pairs = len(runs)
     mean_of = "" if n_pairs == 1 else f", mean of {n_pairs} pairs"
     sentences = [
-        f"The first answer's logit is {runs['source'].mean():+.2f} ahead of the second's in the source run and "
-        f"{runs['target'].mean():+.2f} in the target run{mean_of}."
+        f"The first answer's logit is {_ahead(runs['source'].mean())} the second's in the source run and "
+        f"{_ahead(runs['target'].mean())} it in the target run{mean_of}."
     ]
     exact = bool(frame["effect"].notna().any())
     name, noun = ("effect", "effect") if exact else ("estimate", "estimated effect")
@@ -191,8 +191,9 @@ def findings(frame: pd.DataFrame) -> list[str]:
     moved += "" if n_pairs == 1 else f" [{top[f'{name}_low']:+.2f}, {top[f'{name}_high']:+.2f}]"
     gap = (runs["source"] - runs["target"]).mean()
     share = f", {top[name] / gap:.0%} of what lies between the runs" if gap else ""
+    unit = "routers" if router else "experts"
     sentences.append(
-        f"Of the {len(changing)} patches that change anything, that of {whose} has the largest {noun}: {moved}{share}."
+        f"Of the {len(changing)} {unit} whose patch changes anything, {whose} has the largest {noun}: {moved}{share}."
     )
     if len(changing) > TOP and size.sum() > 0:
         sentences.append(
@@ -203,9 +204,14 @@ def findings(frame: pd.DataFrame) -> list[str]:
         if np.isfinite(overall["pearson"]):
             sentences.append(
                 f"The estimate correlates with the exact effect at r = {_value(overall, 'pearson')} (Spearman's rho "
-                f"{_value(overall, 'spearman')}) over {overall['n_patches']:,} patches."
+                f"{_value(overall, 'spearman')}) over the {overall['n_patches']:,} patches that change "
+                "anything."
             )
     return sentences
+
+
+def _ahead(difference: float) -> str:
+    return f"{abs(difference):.2f} {'behind' if difference < 0 else 'ahead of'}"
 
 
 def _value(row: dict[Hashable, Any], name: str) -> str:

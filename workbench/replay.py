@@ -16,6 +16,7 @@ from workbench.models import Model
 from workbench.routing import NO_EXPERT
 from workbench.scope import Pass
 from workbench.tracefile import Trace
+from workbench.weights import uncut
 
 _KEY = 16
 """Token ids at the beginning of a text by which it is looked up."""
@@ -77,6 +78,11 @@ class Record:
             self._layers[layer.index] = torch.from_numpy(experts), weights
         experts, weights = self._layers[layer.index]
         known, device = places >= 0, now.real.device
+        if weights is None and uncut(layer) and bool((experts[places[known]] < 0).any()):
+            raise RunError(
+                f"Replay: at layer {layer.index} some tokens of run {self._trace.run!r} have fewer experts than "
+                f'others, and this family {uncut(layer)}: replay weights="recorded".'
+            )
         ids = torch.where(known[:, None], experts[places.clamp_min(0)], -1).to(device)
         return Recorded(ids, None if weights is None else weights[places.clamp_min(0)].to(device), known.to(device))
 

@@ -143,7 +143,7 @@ def generate(
     """
     learning.whole(max_new_tokens, "max_new_tokens", 1)
     learning.whole(every, "every", 1)
-    context = learning.as_ids(model, token_ids, "the prompt")
+    context = learning.as_ids(model, token_ids)
     limit = model.max_length
     if limit is not None and context.shape[1] + max_new_tokens > limit:
         raise InputError(

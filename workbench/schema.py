@@ -198,7 +198,9 @@ def _why_not(path: Path, error: duckdb.Error) -> str:
     if path.stat().st_size == 0:
         return f"{path} is empty; expected a trace file. Delete it and trace again."
     text = str(error)
-    if "not a valid DuckDB database" in text:
+    with path.open("rb") as file:
+        magic = file.read(12)[8:]  # DuckDB opens some other kinds of file too, such as JSON, and fails later
+    if magic != b"DUCK":
         return f"{path} is not a trace: it is not a DuckDB file. Expected a file written by `workbench trace`."
     if "version number" in text or "newer version" in text:
         return f"{path} was written by a newer DuckDB: update it, `pip install -U duckdb`. It says: {first_line(error)}"

@@ -39,7 +39,8 @@ class Pass:
     """One pass of a stack of layers, as its inputs say: B rows, S new places after `past` earlier ones.
 
     shape    (B, S)
-    ids      int64 (B, past + S): the token ids so far, padding included; None where the model was given embeddings
+    new      int64 (B, S): the new token ids; None where the model was given embeddings
+    ids      int64 (B, past + S): the token ids so far, padding included; None where they aren't all known
     real     bool (B, past + S): not padding
     past     places that a cache holds
     prompt   places that belong to the prompt
@@ -48,9 +49,11 @@ class Pass:
     shape: tuple[int, int]
     past: int
     prompt: int
+    new: Tensor | None
     ids: Tensor | None
     real: Tensor
     found: dict[str, Tensor | None] = field(default_factory=dict)
+    counted: set[int] = field(default_factory=set)  # layers whose edits were counted: a router may be asked twice
 
 
 Condition = Callable[[Pass], Tensor]
@@ -119,6 +122,19 @@ def generated_only(scope: str) -> bool:
     return any(name == "phase" and "prompt" not in filters.values(name, given) for name, _, given in asked)
 
 
+def apart(one: str, other: str) -> bool:
+    """Whether no token can be in both scopes, as far as their phases and positions say."""
+    if ALL in (one, other):
+        return False
+    phases, positions = [], []
+    for text in (one, other):
+        asked = {name: filters.values(name, given) for name, sign, given in conditions(text) if sign == "="}
+        phases.append(set(asked.get("phase", ("prompt", "generated"))))
+        positions.append([filters.bounds(value) for value in asked.get("position", ("0+",))])
+    meet = any(a[0] <= b[1] and b[0] <= a[1] for a in positions[0] for b in positions[1])
+    return not phases[0] & phases[1] or not meet
+
+
 def check(scope: str, tokenizer: Any) -> None:
     """InputError if this is no scope, or one about text for a model without a tokenizer."""
     if scope == ALL:
@@ -129,7 +145,9 @@ def check(scope: str, tokenizer: Any) -> None:
 
 
 def _by_token(now: Pass, tokenizer: Any, sign: str, given: str) -> Tensor:
-    ids = _ids(now)[:, now.past :]
+    ids = now.new
+    if ids is None:
+        raise InputError("a scope about tokens needs their ids, but the model was given embeddings.")
     texts = token_texts(tokenizer, torch.unique(ids).tolist())
     if sign == "~":
         wanted = filters.pattern("token", given)
@@ -140,7 +158,12 @@ def _by_token(now: Pass, tokenizer: Any, sign: str, given: str) -> Tensor:
 
 
 def _in_text(now: Pass, tokenizer: Any, wanted: re.Pattern) -> Tensor:
-    ids = _ids(now)
+    ids = now.ids
+    if ids is None:
+        raise InputError(
+            "a scope about text needs all token ids of the text, but the model was given embeddings, or a cache that "
+            "was filled before the interventions began."
+        )
     chosen = torch.zeros_like(now.real)
     known = torch.unique(ids).tolist()
     entries = token_texts(tokenizer, known)
@@ -174,9 +197,3 @@ def spelled(token_ids: list[int], texts: dict[int, str], broken: set[int]) -> li
             decoder.reset()
             spelled.append("")
     return spelled
-
-
-def _ids(now: Pass) -> Tensor:
-    if now.ids is None:
-        raise InputError("a scope about text needs token ids, but the model was given embeddings.")
-    return now.ids

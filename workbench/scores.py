@@ -62,9 +62,13 @@ class Selection(TorchFunctionMode):
 
 
 def margin(scores: Tensor, k: int) -> Tensor:
-    """k-th minus (k+1)-th largest of the last dimension, float32, flattened; NaN where either isn't finite."""
+    """k-th minus (k+1)-th largest of the last dimension, float32, flattened; NaN where either isn't finite.
+
+    A difference as large as floats go comes from scores that were masked: NaN, too.
+    """
     if k >= scores.shape[-1]:
         return torch.full(scores.shape[:-1], torch.nan, device=scores.device).flatten()
     best = scores.float().topk(k + 1, dim=-1).values
     gap = best[..., k - 1] - best[..., k]
-    return gap.masked_fill(~gap.isfinite(), torch.nan).flatten()
+    masked = ~gap.isfinite() | (gap > torch.finfo(scores.dtype).max / 64)
+    return gap.masked_fill(masked, torch.nan).flatten()

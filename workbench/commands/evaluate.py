@@ -80,6 +80,8 @@ def evaluate(
     check_output(figure, FORMATS, overwrite)
     if corpus and tasks:
         raise InputError("--corpus and --tasks are two tables: give one of them.")
+    if limit is not None and not tasks:
+        raise InputError("--limit is for --tasks; of a corpus --max-tokens says how much is read.")
     edited = recipe_of(
         recipe,
         ablate=ablate,

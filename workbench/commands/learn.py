@@ -1,5 +1,6 @@
 """Recipes learned for one prompt: `rewire` from the prompt itself, `remix` from texts that went well."""
 
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from workbench.commands.edits import numbers
-from workbench.commands.options import Device, Dtype, Overwrite, Revision, Run, Trust, check_output
+from workbench.commands.options import Device, Dtype, Overwrite, Revision, Run, Trust, check_output, model_and_prompt
 from workbench.errors import InputError
 from workbench.printing import paragraphs
 
@@ -62,6 +63,8 @@ def rewire(
     wanted = _layers(layers)
     if generate < 0:
         raise InputError(f"--generate {generate}: expected a number of tokens, 0 for none.")
+    if steps < 1:
+        raise InputError(f"--steps {steps}: expected 1 or more; without a step nothing is learned.")
     from workbench import rewiring
     from workbench.recipe import Recipe, of_model, write_recipe
 
@@ -153,9 +156,7 @@ def remix(
 
 def _prompt(words: list[str], chat: bool, new: int, revision: Any, device: str, dtype: str, trust: bool) -> tuple:
     """The model, the prompt and its token ids, with room for so many new tokens."""
-    if len(words) > 2:
-        raise InputError(f"expected a model and a prompt, found {len(words)} words: put the prompt in quotes.")
-    name, prompt = ("demo", *words)[-2:]
+    name, prompt = model_and_prompt(words)
     from workbench.generation import prompt_ids
     from workbench.models import load
 
@@ -182,3 +183,5 @@ def _print_learned(found: Any) -> None:
         f"learned from {found.n_context} tokens, layers {', '.join(map(str, found.layers))}: "
         f"loss {found.losses[0]:.4f} → {found.losses[-1]:.4f} nats a token"
     )
+    if found.losses[-1] > found.losses[0]:
+        print("warning: the loss rose; take fewer steps or a lower --learning-rate.", file=sys.stderr)

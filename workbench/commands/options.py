@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from workbench.bundled import MODELS
 from workbench.errors import InputError
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A trace: the DuckDB file that `workbench trace` wrote.")]
@@ -30,6 +31,19 @@ def check_output(path: Path | None, suffixes: Sequence[str], overwrite: bool) ->
         raise InputError(f"{path} exists; choose another name, or replace it with --overwrite.")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is not a folder; create it first.")
+
+
+def model_and_prompt(words: list[str]) -> tuple[str, str]:
+    """What [MODEL] PROMPT says; InputError for more words, and for a bundled model's name without a prompt."""
+    if len(words) > 2:
+        raise InputError(f"expected a model and a prompt, found {len(words)} words: put the prompt in quotes.")
+    if len(words) == 1 and words[0] in MODELS:
+        raise InputError(
+            f"{words[0]!r} is a model, and there is no prompt: add one in quotes. If it is the prompt, name the model "
+            f"too: demo {words[0]}."
+        )
+    model, prompt = ("demo", *words)[-2:]
+    return model, prompt
 
 
 def pair(text: str, option: str, example: str) -> tuple[str, str]:

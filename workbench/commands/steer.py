@@ -20,7 +20,7 @@ from workbench.commands.edits import (
     TopPs,
     recipe_of,
 )
-from workbench.commands.options import Device, Dtype, Json, Revision, Trust
+from workbench.commands.options import Device, Dtype, Json, Revision, Trust, model_and_prompt
 from workbench.errors import InputError
 from workbench.printing import paragraphs, plain
 from workbench.recipe import to_json
@@ -68,9 +68,7 @@ def generate(
     Edits act in this order: the recipe's, then those by options: bias, ablate, forbid, force, top-k, top-p, scale,
     contrast. Where two say different things of one expert, the later wins.
     """
-    if len(words) > 2:
-        raise InputError(f"expected a model and a prompt, found {len(words)} words: put the prompt in quotes.")
-    model, prompt = ("demo", *words)[-2:]
+    model, prompt = model_and_prompt(words)
     edited = recipe_of(
         recipe,
         ablate=ablate,
