@@ -245,7 +245,7 @@ def test_an_expert_without_weight_is_gone():
 
 
 def test_a_loss_that_is_not_a_number_names_its_condition(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = model().module.lm_head  # type: ignore[union-attr]
+    head: Any = model().module.lm_head  # type: ignore[union-attr]
     steered = Ablate(layer=1, experts=[2])
     calls = []
 
