@@ -41,6 +41,13 @@ DIVERGING = ["#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "
 """Less to more, around "as expected": ColorBrewer's RdBu, safe for colour-blind readers."""
 SEQUENTIAL = ["#f7fbff", "#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b"]
 """Nothing to much: ColorBrewer's Blues."""
+DARK = {
+    "white": "rgba(0,0,0,0)", "#1c2733": "#e3e8ed", "#5b6875": "#a3b0bc", "#e9edf1": "#262f38", "#c3ccd5": "#45515d",
+    "#0072B2": "#3d9fd6", "#5B5B5B": "#9aa3ab", "#7d8894": "#8a95a0", "#cfd6dd": "#3d4853",
+}  # fmt: skip
+"""What colours of figures become on a dark page; the others can be read on both."""
+DIVERGING_DARK = ["#9bd0f0", "#5aa9d6", "#2f7fb8", "#1f5078", "#20272f", "#7a3328", "#b8503c", "#e08060", "#f9bfa3"]
+SEQUENTIAL_DARK = ["#161d24", "#12304a", "#0f456d", "#125b90", "#2272b0", "#4390c8", "#6fafdb", "#a3cfea", "#dcedf9"]
 REACH = 3
 """The colour scale of ratios ends at 2 to this power."""
 
@@ -328,6 +335,42 @@ def faded(colour: str, opacity: float = 0.18) -> str:
     """A colour of the palette with opacity."""
     red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity})"
+
+
+_FADING = {
+    faded(old, 0).removesuffix("0)"): new for old, new in DARK.items() if old.startswith("#") and new.startswith("#")
+}
+"""How a faded colour begins, and what the colour becomes on a dark page."""
+
+
+def on_dark(figure: go.Figure) -> go.Figure:
+    """A copy for a dark page: transparent, light ink, and colour scales whose neutral end is dark."""
+    scales = {tuple(DIVERGING): DIVERGING_DARK, tuple(SEQUENTIAL): SEQUENTIAL_DARK}
+
+    def swapped(value: Any) -> Any:
+        if isinstance(value, str):
+            if value.startswith("rgba("):  # of `faded`
+                return next(
+                    (faded(new, _opacity(value)) for old, new in _FADING.items() if value.startswith(old)), value
+                )
+            return DARK.get(value, value)
+        if isinstance(value, dict):
+            return {name: swapped(one) for name, one in value.items()}
+        if isinstance(value, list | tuple):
+            colours = [pair[1] if isinstance(pair, list | tuple) and len(pair) == 2 else pair for pair in value]
+            scale = scales.get(tuple(colours)) if all(isinstance(colour, str) for colour in colours) else None
+            if scale is not None:
+                return [[at / (len(scale) - 1), colour] for at, colour in enumerate(scale)]
+            return [swapped(one) for one in value]
+        return value  # arrays: numbers and hover texts
+
+    copy = go.Figure(swapped(figure.to_dict()))
+    hover = {"bgcolor": "#1c232b", "bordercolor": DARK[AXIS], "font": {"color": DARK[INK]}}
+    return copy.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", hoverlabel=hover)
+
+
+def _opacity(colour: str) -> float:
+    return float(colour.rpartition(",")[2].rstrip(")"))
 
 
 def save(figure: go.Figure, path: str | os.PathLike, *, overwrite: bool = False) -> None:

@@ -5,6 +5,7 @@
 >>> trace.sql("SELECT lang, sum(n_tokens) FROM sequences GROUP BY lang")                   # doctest: +SKIP
 """
 
+import copy
 import json
 import os
 from contextlib import suppress
@@ -13,6 +14,7 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
@@ -45,9 +47,28 @@ class Trace:
             found = con.execute(query, [self.run]).fetchnumpy()
         self.recorded: frozenset[str] = frozenset(recorded)
         """What the run recorded, of `workbench.schema.RECORDABLE`."""
-        self._seqs = np.asarray(found["seq"], dtype=np.int32)
-        self._lengths = np.asarray(found["n_tokens"], dtype=np.int64)
+        self._part = False
+        self._index(found["seq"], found["n_tokens"])
+
+    def _index(self, seqs: Any, lengths: Any) -> None:
+        self._seqs = np.asarray(seqs, dtype=np.int32)
+        self._lengths = np.asarray(lengths, dtype=np.int64)
         self._starts = np.cumsum(self._lengths) - self._lengths
+
+    def only(self, seqs: npt.ArrayLike) -> "Trace":
+        """The same run, as if it had no other sequences than these; InputError if one of them isn't in it.
+
+        seqs  integers, ids as in `sequences()["seq"]`, in any order
+        """
+        wanted = np.unique(np.asarray(seqs, dtype=np.int64))
+        known = np.isin(wanted, self._seqs)
+        if not known.all():
+            raise InputError(f"run {self.run!r} has no sequence {wanted[~known][0]}.")
+        part = copy.copy(self)
+        part._part = True
+        kept = np.isin(self._seqs, wanted)
+        part._index(self._seqs[kept], self._lengths[kept])
+        return part
 
     def __repr__(self) -> str:
         size = f"{self.n_tokens:,} tokens, {self.n_sequences:,} sequences, {self.n_layers} layers"
@@ -88,10 +109,9 @@ class Trace:
 
     def tokens(self) -> pd.DataFrame:
         """One row a token: seq, pos, token_id (-1 unknown), phase (categorical), nll (nats, NaN unknown)."""
+        query, given = self._mine("SELECT seq, pos, token_id, phase, nll FROM tokens")
         with schema.reading(self.path) as con:
-            frame = con.execute(
-                "SELECT seq, pos, token_id, phase, nll FROM tokens WHERE run = ? ORDER BY seq, pos", [self.run]
-            ).df()
+            frame = con.execute(f"{query} ORDER BY seq, pos", given).df()
         return frame.loc[np.isin(frame["seq"], self._seqs)].reset_index(drop=True)
 
     def vocabulary(self) -> pd.DataFrame:
@@ -127,7 +147,7 @@ class Trace:
         """float32 (n_tokens, top_k): gate weights >= 0 beside `experts`, 0 where there is no expert."""
         self._need("weights")
         rows = self._read(layer, "weights", "scale")
-        fixed = _matrix(rows["weights"], self._layer(layer)["top_k"], np.uint16, 0)
+        fixed = matrix(rows["weights"], self._layer(layer)["top_k"], np.uint16, 0)
         return self._place(rows, to_float(fixed, rows["scale"].to_numpy()[:, None]), np.float32(0))
 
     def norms(self, layer: int) -> np.ndarray:
@@ -172,9 +192,9 @@ class Trace:
         but for its last.
         """
         self._need("predictions")
-        query = "SELECT seq, pos, predicted FROM tokens WHERE run = ?"
+        query, given = self._mine("SELECT seq, pos, predicted FROM tokens")
         with schema.reading(self.path) as con:
-            rows = con.sql(query, params=[self.run]).to_arrow_table()
+            rows = con.sql(query, params=given).to_arrow_table()
         predicted = rows["predicted"].fill_null(schema.UNKNOWN_TOKEN).to_numpy().astype(np.int32, copy=False)
         return self._place(rows, predicted, schema.UNKNOWN_TOKEN)
 
@@ -182,12 +202,12 @@ class Trace:
         """float32 (n_sequences, E): mean router probabilities of a sequence's tokens; rows as in `sequences()`."""
         self._need("profiles")
         n_experts = self._layer(layer)["n_experts"]
-        query = "SELECT seq, probs FROM profiles WHERE run = ? AND layer = ?"
+        query, given = self._mine("SELECT seq, probs FROM profiles", layer)
         with schema.reading(self.path) as con:
-            rows = con.sql(query, params=[self.run, layer]).to_arrow_table()
+            rows = con.sql(query, params=given).to_arrow_table()
         at, known = self._find(rows["seq"].to_numpy())
         out = np.full((self.n_sequences, n_experts), np.nan, dtype=np.float32)
-        out[at[known]] = _matrix(rows["probs"], n_experts, np.float32, np.nan)[known]
+        out[at[known]] = matrix(rows["probs"], n_experts, np.float32, np.nan)[known]
         return out
 
     def _layer(self, layer: int) -> dict[str, Any]:
@@ -218,7 +238,7 @@ class Trace:
 
     def _lists(self, name: str, layer: int, width: int, dtype: Any, fill: Any) -> np.ndarray:
         rows = self._read(layer, name)
-        return self._place(rows, _matrix(rows[name], width, dtype, fill), fill)
+        return self._place(rows, matrix(rows[name], width, dtype, fill), fill)
 
     def _numbers(self, name: str, layer: int) -> np.ndarray:
         self._need(name)
@@ -228,9 +248,18 @@ class Trace:
 
     def _read(self, layer: int, *columns: str) -> pa.Table:
         self._layer(layer)
-        query = f"SELECT seq, pos, {', '.join(columns)} FROM routing WHERE run = ? AND layer = ?"
+        query, given = self._mine(f"SELECT seq, pos, {', '.join(columns)} FROM routing", layer)
         with schema.reading(self.path) as con:
-            return con.sql(query, params=[self.run, layer]).to_arrow_table()
+            return con.sql(query, params=given).to_arrow_table()
+
+    def _mine(self, select: str, layer: int | None = None) -> tuple[str, list[Any]]:
+        """A query of the rows of this run (and layer), and its parameters; of a part of a run only what it has."""
+        query, given = f"{select} WHERE run = ?", [self.run]
+        if layer is not None:
+            query, given = f"{query} AND layer = ?", [*given, layer]
+        if self._part:
+            query, given = f"{query} AND seq IN (SELECT unnest(?))", [*given, self._seqs.tolist()]
+        return query, given
 
     def _place(self, rows: pa.Table, values: np.ndarray, fill: Any) -> np.ndarray:
         """Bring rows into the order of the tokens. Sorting is not needed: each row's place follows from seq and pos."""
@@ -258,7 +287,7 @@ class Trace:
         return at, self._seqs[at] == seq
 
 
-def _matrix(lists: pa.ChunkedArray, width: int, dtype: Any, fill: Any) -> np.ndarray:
+def matrix(lists: pa.ChunkedArray, width: int, dtype: Any, fill: Any) -> np.ndarray:
     """Lists of at most `width` values as an array (rows, width), shorter ones filled up."""
     out = np.full((len(lists), width), fill, dtype=dtype)
     row = 0

@@ -36,17 +36,35 @@ def mask(trace: Trace, text: str) -> np.ndarray:
     """bool (n_tokens,): the tokens that the filter `text` means. InputError says what is wrong with it, and what the
     trace has, also when no token is meant."""
     chosen = np.ones(trace.n_tokens, bool)
-    for part in NEXT.split(text.strip()):
-        condition = CONDITION.fullmatch(part)
+    for condition in conditions(trace, text):
+        chosen &= meets(trace, *condition)
+    if not chosen.any():
+        raise InputError(f"no token meets {text!r}; loosen one of its conditions.")
+    return chosen
+
+
+def sequence_mask(trace: Trace, text: str) -> np.ndarray:
+    """bool (n_sequences,): the sequences that the filter `text` means; it may name columns only. Errors as `mask`."""
+    chosen = np.ones(trace.n_sequences, bool)
+    for name, sign, given in conditions(trace, text):
+        if name in OF_TOKENS:
+            raise InputError(f"{name}{sign}{given} means single tokens; expected conditions of columns, as in lang=de.")
+        chosen &= by_column(trace, name, sign, given)
+    if not chosen.any():
+        raise InputError(f"no sequence meets {text!r}; loosen one of its conditions.")
+    return chosen
+
+
+def conditions(trace: Trace, text: str) -> list[tuple[str, str, str]]:
+    """Name, sign and value of each condition."""
+    found = [CONDITION.fullmatch(part) for part in NEXT.split(text.strip())]
+    for part, condition in zip(NEXT.split(text.strip()), found, strict=True):
         if condition is None:
             raise InputError(
                 f"{part!r} is not a condition; expected name=value or name~pattern, as in 'lang=de' or "
                 f"'lang=de,fr & phase=prompt'. {names(trace.sequences())}"
             )
-        chosen &= meets(trace, *condition.groups())
-    if not chosen.any():
-        raise InputError(f"no token meets {text!r}; loosen one of its conditions.")
-    return chosen
+    return [(one[1], one[2], one[3]) for one in found if one is not None]
 
 
 def meets(trace: Trace, name: str, sign: str, given: str) -> np.ndarray:

@@ -1,0 +1,3 @@
+from workbench_app import view
+
+view.need_trace()

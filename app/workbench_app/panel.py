@@ -1,0 +1,248 @@
+"""What pages show: tables, figures and definitions, each with what one does with it, and whole analyses."""
+
+import inspect
+import re
+import shlex
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_type_hints
+
+import pandas as pd
+import plotly.graph_objects as go
+import streamlit as st
+
+from workbench import analysis as analyses
+from workbench import figures, report
+from workbench.analysis.counting import MOST_GROUPS
+from workbench.background import Answer, Asked
+from workbench.export import save_table
+from workbench.questions import Question
+from workbench_app import messages, poll, view
+
+MOST_ROWS = 5_000
+"""Rows of a table that the page shows; all can be downloaded."""
+AT_ONCE = 0.1
+"""Seconds to wait for an answer before its progress is shown."""
+
+
+def table(frame: pd.DataFrame, name: str, **options: Any) -> Any:
+    """A table and the buttons that download the whole of it as CSV and Parquet.
+
+    name     of the file, and of the widgets: unique on the page
+    options  further arguments of st.dataframe (column_config, height, on_select with its key, …)
+
+    Returns what st.dataframe returns.
+    """
+    with st.container(key=f"table-{name}", gap="small"):
+        shown = st.dataframe(frame.head(MOST_ROWS), hide_index=True, **options)
+        with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+            rows = f"{len(frame):,} row{'s' * (len(frame) != 1)}"
+            more = f", the first {MOST_ROWS:,} shown" if len(frame) > MOST_ROWS else ""
+            st.caption(rows + more, width="stretch")
+            for ending, mime in ((".csv", "text/csv"), (".parquet", "application/vnd.apache.parquet")):
+                download(ending, partial(_table_file, frame, ending), f"{name}{ending}", mime)
+    return shown
+
+
+def figure(drawn: go.Figure, name: str, *, on_select: Any = "ignore") -> Any:
+    """A figure in the colours of the page's theme, and a menu that downloads it as SVG, PNG or HTML.
+
+    name       of the file, and of the widgets: unique on the page
+    on_select  "rerun": return what was clicked, as st.plotly_chart does
+    """
+    with st.container(key=f"figure-{name}", gap="small"):
+        dark = st.context.theme.type == "dark"
+        shown = st.plotly_chart(
+            figures.on_dark(drawn) if dark else drawn,
+            theme=None,
+            config=figures.CONFIG,
+            key=f"plot-{name}",
+            on_select=on_select,
+            selection_mode="points",
+        )
+        with st.container(horizontal=True, horizontal_alignment="right", gap="small"):
+            for ending, mime in ((".svg", "image/svg+xml"), (".png", "image/png"), (".html", "text/html")):
+                download(ending, partial(_figure_file, drawn, ending), f"{name}{ending}", mime)
+    return shown
+
+
+def download(ending: str, make: Callable[[], bytes], file_name: str, mime: str) -> None:
+    """A small button; the file is made when it is clicked."""
+    label = ending.removeprefix(".").upper()
+    st.download_button(
+        label, make, file_name, mime, key=f"download-{file_name}", type="tertiary", icon=":material/download:",
+        on_click="ignore", help=f"Download {file_name}",
+    )  # fmt: skip
+
+
+def definition(text: str, label: str = "Definition") -> None:
+    """How the numbers are defined, one click away: the docstring of what computes them."""
+    with st.popover(label, icon=":material/menu_book:", type="tertiary"):
+        st.html(f"<div style='max-width: 46rem'>{report.definition(text)}</div>")
+
+
+@st.fragment
+def analysis(question: Question, *, key: str = "") -> None:
+    """One analysis: its options, its answer as findings, figure and table, how it is defined, and how to get it again.
+
+    question   from workbench.questions, or made for the page; its arguments are the defaults of the options
+    key        told apart from another panel of the same analysis on the page
+    """
+    name = "-".join(part for part in (question.name, key) if part)
+    with st.container(key=f"panel-{name}"):
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.subheader(question.heading or analyses.question(question.name), anchor=False, width="stretch")
+            arguments = None
+            with messages.guarded():
+                arguments = options(question, name)
+            definition(analyses.file(question.name).__doc__ or "")
+        with messages.guarded():
+            if arguments is not None:
+                answered(asking(question.name, arguments), question, name)
+
+
+def asking(name: str, arguments: dict[str, Any]) -> Asked:
+    """A question about what the sidebar means."""
+    pairs = tuple(sorted(arguments.items()))
+    if analyses.subject(analyses.find(name)[0]) == "model":
+        return Asked(name, pairs, model=str(view.model_name()))
+    found = view.whole()
+    return Asked(name, pairs, str(found.path), found.run, found.n_tokens, view.where(), view.tokens())
+
+
+def answered(asked: Asked, question: Question, name: str) -> None:
+    """The answer, or how far it is."""
+    workers = view.workers()
+    answer = workers.known(asked)
+    if answer is not None and answer.cancelled:
+        st.info("Cancelled.", icon=":material/cancel:")
+        if not st.button("Start again", key=f"again-{name}"):
+            return
+        answer = None
+    answer = answer or workers.ask(asked, view.whole().n_layers)
+    if answer.wait(AT_ONCE):
+        show(answer, question, name)
+    else:
+        waiting(answer, name)
+
+
+def waiting(answer: Answer, name: str) -> None:
+    """Progress, and a button that cancels."""
+    done, layers = answer.progress
+    with st.container(horizontal=True, vertical_alignment="center"):
+        text = f"layer {done} of {layers}" if layers and done else "starting"
+        st.progress(done / layers if layers else 0.0, f"{answer.seconds:.0f} s: {text}", width="stretch")
+        st.button("Cancel", key=f"cancel-{name}", icon=":material/close:", on_click=answer.cancel)
+    poll.again(name)
+
+
+def show(answer: Answer, question: Question, name: str) -> None:
+    """Findings, figure, table and command of an answer that is there."""
+    frame = answer.table()
+    findings = analyses.file(question.name).findings(frame)
+    st.markdown("\n".join(f"- {messages.text(finding)}" for finding in findings))
+    figure(_drawn(answer.asked, answer), name)
+    picked = question.pick is not None and st.toggle(
+        f"Only{question.choice.lstrip(',') or ' the rows worth a look'}", True, key=f"picked-{name}"
+    )
+    table(question.pick(frame) if picked and question.pick else frame, name)
+    with st.expander("The same on the command line", icon=":material/terminal:"):
+        st.code(command(question.name, dict(answer.asked.arguments)), "sh", wrap_lines=True)
+
+
+@st.cache_resource(max_entries=64, show_spinner=False, hash_funcs={Asked: repr})
+def _drawn(asked: Asked, _answer: Answer) -> go.Figure:
+    return analyses.find(asked.name)[1](_answer.table())
+
+
+def command(name: str, arguments: dict[str, Any]) -> str:
+    """The command line that gives the table of all texts of the run."""
+    given = [f"--set {shlex.quote(f'{key}={_written(value)}')}" for key, value in arguments.items()]
+    ask = analyses.find(name)[0]
+    if analyses.subject(ask) == "model":
+        subject = [shlex.quote(str(view.model_name()))]
+    else:
+        subject = [shlex.quote(str(view.file())), "--run", shlex.quote(view.run())]
+    return " ".join(["workbench analyze", name, *subject, *given, "--out", f"{name}.csv"])
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def options(question: Question, name: str) -> dict[str, Any]:
+    """What the user chose of the options of an analysis, those that differ from their defaults.
+
+    InputError for text that makes no value. The options are the parameters of the function, explained by its docstring.
+    """
+    ask = analyses.find(question.name)[0]
+    hints, explained = get_type_hints(ask), parameters(inspect.getdoc(ask) or "")
+    chosen: dict[str, Any] = {}
+    with st.popover("Options", icon=":material/tune:", type="tertiary"):
+        for option, parameter in list(inspect.signature(ask).parameters.items())[1:]:
+            default = question.arguments.get(option, parameter.default)
+            value = widget(option, hints[option], default, f"{name}.{option}", explained.get(option))
+            if value != parameter.default:
+                chosen[option] = value
+    return chosen
+
+
+def widget(option: str, hint: Any, default: Any, key: str, explained: str | None) -> Any:
+    """The value of one option, by a widget that suits its type."""
+    shared: dict[str, Any] = {"key": key, "help": explained, "bind": "query-params"}
+    label = option.replace("_", " ")
+    if option in ("by", "within"):
+        columns = [*([None] if default is None or "None" in str(hint) else []), *groupings()]
+        at = columns.index(default) if default in columns else 0
+        return st.selectbox(label, columns, at, format_func=lambda column: "–" if column is None else column, **shared)
+    if hint is bool:
+        return st.toggle(label, default, **shared)
+    text = st.text_input(label, "" if default in (None, inspect.Parameter.empty) else _written(default), **shared)
+    return analyses.value(option, text, hint) if text.strip() else default
+
+
+def groupings() -> list[str]:
+    """Columns that texts or tokens can be grouped by."""
+    found = view.whole()
+    return _groupings(str(found.path), found.run, found.n_tokens)
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def _groupings(path: str, run: str, n_tokens: int) -> list[str]:
+    sequences = view.whole().sequences()
+    plain = [name for name in sequences.columns if name not in ("seq", "sha256", "n_prompt", "n_tokens", "segment_id")]
+    return [*(name for name in plain if 0 < sequences[name].astype(str).nunique() <= MOST_GROUPS), "phase", "position"]
+
+
+def parameters(text: str) -> dict[str, str]:
+    """What a docstring says of each parameter: lines such as `by, within  columns of the sequences`."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in text.splitlines():
+        begun = re.match(r"((?:\w+)(?:, \w+)*)\s{2,}(\S.*)", line)
+        if begun:
+            names = begun[1].split(", ")
+            found |= dict.fromkeys(names, begun[2])
+        elif names and line.startswith(" ") and line.strip():
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+        else:
+            names = []
+    return found
+
+
+def _table_file(frame: pd.DataFrame, ending: str) -> bytes:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"table{ending}"
+        save_table(frame, path)
+        return path.read_bytes()
+
+
+def _figure_file(drawn: go.Figure, ending: str) -> bytes:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"figure{ending}"
+        figures.save(drawn, path)
+        return path.read_bytes()
