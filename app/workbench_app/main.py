@@ -4,7 +4,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from workbench_app import messages, view
+from workbench_app import messages, poll, view
 
 # Section -> file of the page -> title and icon.
 PAGES = {
@@ -35,7 +35,9 @@ page = st.navigation(
         for section, pages in PAGES.items()
     }
 )
+poll.begin()
 with messages.guarded():
     view.sidebar()
 with messages.guarded():
     page.run()
+poll.timer()

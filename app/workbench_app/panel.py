@@ -83,7 +83,6 @@ def definition(text: str, label: str = "Definition") -> None:
         st.html(f"<div style='max-width: 46rem'>{report.definition(text)}</div>")
 
 
-@st.fragment
 def analysis(question: Question, *, key: str = "") -> None:
     """One analysis: its options, its answer as findings, figure and table, how it is defined, and how to get it again.
 
@@ -91,6 +90,10 @@ def analysis(question: Question, *, key: str = "") -> None:
     key        told apart from another panel of the same analysis on the page
     """
     name = "-".join(part for part in (question.name, key) if part)
+    st.fragment(_panel, key=name)(question, name)
+
+
+def _panel(question: Question, name: str) -> None:
     with st.container(key=f"panel-{name}"):
         with st.container(horizontal=True, vertical_alignment="center"):
             st.subheader(question.heading or analyses.question(question.name), anchor=False, width="stretch")
@@ -116,26 +119,23 @@ def answered(asked: Asked, question: Question, name: str) -> None:
     """The answer, or how far it is."""
     workers = view.workers()
     answer = workers.known(asked)
+    poll.done(name)
     if answer is not None and answer.cancelled:
         st.info("Cancelled.", icon=":material/cancel:")
         if not st.button("Start again", key=f"again-{name}"):
             return
         answer = None
-    answer = answer or workers.ask(asked, view.whole().n_layers)
-    if answer.wait(AT_ONCE):
+    if answer is None:
+        answer = workers.ask(asked, view.whole().n_layers)
+        answer.wait(AT_ONCE)
+    if answer.done:
         show(answer, question, name)
     else:
-        waiting(answer, name)
-
-
-def waiting(answer: Answer, name: str) -> None:
-    """Progress, and a button that cancels."""
-    done, layers = answer.progress
-    with st.container(horizontal=True, vertical_alignment="center"):
-        text = f"layer {done} of {layers}" if layers and done else "starting"
-        st.progress(done / layers if layers else 0.0, f"{answer.seconds:.0f} s: {text}", width="stretch")
-        st.button("Cancel", key=f"cancel-{name}", icon=":material/close:", on_click=answer.cancel)
-    poll.again(name)
+        done, layers = answer.progress
+        with poll.waiting(name):
+            text = f"layer {done} of {layers}" if layers and done else "starting"
+            st.progress(done / layers if layers else 0.0, f"{answer.seconds:.0f} s: {text}", width="stretch")
+            st.button("Cancel", key=f"cancel-{name}", icon=":material/close:", on_click=answer.cancel)
 
 
 def show(answer: Answer, question: Question, name: str) -> None:

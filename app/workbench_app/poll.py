@@ -1,21 +1,54 @@
-"""Draw a fragment again and again while it waits for something: only that fragment, and only while it shows this.
+"""Fragments that wait for something are drawn again and again, and only they, until they no longer wait.
 
-`st.fragment(run_every=…)` goes on until the whole page is drawn anew, which would dim the page each time that one of its
-panels is done.
+One timer for the page does it. `st.fragment(run_every=…)` would go on until the whole page is drawn anew, and timers of
+several fragments that tick at once would take each other's turns.
 """
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 JS = """
 export default function ({ parentElement, setTriggerValue }) {
   const host = parentElement.host ?? parentElement;
-  if (!host.timer) host.timer = setInterval(() => setTriggerValue("tick", Date.now()), 300);
+  host.timer ??= setInterval(() => {
+    const waiting = document.querySelector('[class*="st-key-waiting-"]');
+    const idle = document.querySelector('[data-testid="stApp"][data-test-script-state="notRunning"]');
+    if (waiting && idle) setTriggerValue("tick", Date.now());
+  }, 400);
   return () => { clearInterval(host.timer); host.timer = null; };
 }
 """
-_poll = st.components.v2.component("workbench_poll", js=JS)
+STYLE = '<style>[class*="st-key-panel-"] [data-stale="true"] { opacity: 1 !important; }</style>'
+"""A panel that is drawn again stays as it is until then: Streamlit would dim it at each tick."""
+_timer = st.components.v2.component("workbench_poll", js=JS)
 
 
-def again(name: str) -> None:
-    """Draw the fragment that this is in again, soon; unique names on a page."""
-    _poll(key=f"poll-{name}", height="content", on_tick_change=lambda: None)
+def begin() -> None:
+    """Nothing waits yet: called before a page is drawn."""
+    st.session_state["waiting"] = set()
+
+
+def waiting(fragment: str) -> DeltaGenerator:
+    """Says that the fragment of this key, which calls it, has to be drawn again; a container for what it shows till then.
+
+    What is in the container isn't empty: the timer looks for it on the page.
+    """
+    st.session_state["waiting"].add(fragment)
+    return st.container(key=f"waiting-{fragment}", horizontal=True, vertical_alignment="center")
+
+
+def done(fragment: str) -> None:
+    """Says that the fragment of this key no longer waits."""
+    st.session_state["waiting"].discard(fragment)
+
+
+def timer() -> None:
+    """The timer, drawn after the page."""
+    st.html(STYLE)
+    _timer(key="poll", height="content", on_tick_change=_tick)
+
+
+def _tick() -> None:
+    waiting = st.session_state.get("waiting")
+    if waiting:
+        st.rerun(sorted(waiting))
