@@ -15,6 +15,7 @@ import os
 import time
 from collections import OrderedDict
 from concurrent.futures import CancelledError
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,7 +43,7 @@ _progress: Any = None
 class Asked:
     """A question, as values that can be compared and sent to another process.
 
-    name       the analysis
+    name       the analysis, or one of OTHERS
     arguments  pairs of name and value; values are hashable
     path, run  the trace; "" for an analysis of a model
     n_tokens   of the run when it was asked: a run that has grown since is another question
@@ -110,10 +111,10 @@ class Answer:
             return self.future.result()
         except CancelledError:
             raise RunError(f"{self.asked.name} was cancelled.") from None
-        except ProcessExpired as error:
+        except (ProcessExpired, BrokenProcessPool) as error:
             raise RunError(
-                f"{self.asked.name} ended its process (exit code {error.exitcode}), most likely for want of memory: "
-                "take fewer tokens or another grouping."
+                f"{self.asked.name} ended its process ({error}), most likely for want of memory: take fewer tokens or "
+                "another grouping."
             ) from error
         except MemoryError as error:
             raise RunError(f"{self.asked.name} ran out of memory: take fewer tokens or another grouping.") from error
@@ -123,16 +124,20 @@ class Workers:
     """Processes that answer questions, `n` at a time; they start with the first question."""
 
     def __init__(self, n: int = 2) -> None:
-        # Like spawn (a fork would inherit locks that threads hold), but without running the main script again, which in
-        # a Streamlit server is the page.
+        self._n = n
         self._folder = TemporaryDirectory(prefix="workbench-")
-        file = Path(self._folder.name) / "progress"
-        self._counter = np.memmap(file, np.int32, "w+", shape=SLOTS)
-        self._pool = ProcessPool(n, initializer=_start, initargs=[file], context=get_context("loky"))
+        self._file = Path(self._folder.name) / "progress"
+        self._counter = np.memmap(self._file, np.int32, "w+", shape=SLOTS)
+        self._pool = self._begin()
         self._slots = itertools.count()
         self._answers: OrderedDict[Asked, Answer] = OrderedDict()
         self._lock = Lock()
         atexit.register(self.close)
+
+    def _begin(self) -> ProcessPool:
+        # loky's processes are like spawned ones (a fork would inherit locks that threads hold), but don't run the main
+        # script again, which in a Streamlit server is the page.
+        return ProcessPool(self._n, initializer=_start, initargs=[self._file], context=get_context("loky"))
 
     def warm(self) -> None:
         """Start the processes now, so that the first question doesn't wait for their imports."""
@@ -145,6 +150,8 @@ class Workers:
             if known is None or (known.done and (known.cancelled or _lost(known))):
                 slot = next(self._slots) % SLOTS
                 self._counter[slot] = 0
+                if not self._pool.active:  # a process died at a moment at which it had no question
+                    self._pool = self._begin()
                 future = self._pool.schedule(answer, args=[asked, slot])
                 known = Answer(asked, future, self._counter, slot, n_layers)
             self._answers[asked] = known
@@ -176,6 +183,8 @@ class Workers:
 
 def answer(asked: Asked, slot: int | None = None) -> pd.DataFrame:
     """Answer a question in this process."""
+    if asked.name in OTHERS:
+        return OTHERS[asked.name](asked, slot)
     ask = analysis.find(asked.name)[0]
     arguments = dict(asked.arguments)
     if analysis.subject(ask) == "model":
@@ -184,6 +193,33 @@ def answer(asked: Asked, slot: int | None = None) -> pd.DataFrame:
         return ask(load(asked.model), **arguments)
     trace = part(Trace(asked.path, asked.run), asked.where, asked.sample)
     return ask(trace if slot is None else _watched(trace, slot), **arguments)
+
+
+def _validate(asked: Asked, slot: int | None) -> pd.DataFrame:
+    from workbench.validate import validate
+
+    def progress(done: int) -> None:
+        if slot is not None:
+            _progress[slot] = done
+
+    return validate(asked.path, asked.run, progress=progress)
+
+
+def _describe(asked: Asked, slot: int | None) -> pd.DataFrame:
+    from workbench.models import describe
+
+    described = describe(asked.model, local=True, **dict(asked.arguments))
+    return pd.DataFrame([{name: value for name, value in described.items() if name != "layers"}])
+
+
+def _query(asked: Asked, slot: int | None) -> pd.DataFrame:
+    from workbench import query
+
+    return query.ask(asked.path, dict(asked.arguments)["sql"], memory=query.MEMORY)
+
+
+OTHERS = {"validate": _validate, "describe": _describe, "query": _query}
+"""Questions beside the analyses: problems of a run, facts of a checkpoint on this machine (one row), a user's SQL."""
 
 
 def part(trace: Trace, where: str, sample: int) -> Trace:
@@ -229,7 +265,7 @@ def _ready() -> None:
 
 
 def _lost(known: Answer) -> bool:
-    return isinstance(known.future.exception(), ProcessExpired | MemoryError)
+    return isinstance(known.future.exception(), ProcessExpired | BrokenProcessPool | MemoryError)
 
 
 def _size(known: Answer) -> int:

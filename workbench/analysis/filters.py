@@ -92,7 +92,7 @@ def by_column(trace: Trace, name: str, sign: str, given: str) -> np.ndarray:
     labels = sequences[name].map(as_label)
     if sign == "~":
         wanted = pattern(name, given)
-        return np.array([label is not None and wanted.search(label) is not None for label in labels], bool)
+        return np.array([isinstance(label, str) and wanted.search(label) is not None for label in labels], bool)
     chosen = np.zeros(len(sequences), bool)
     for value in values(name, given):
         found = (labels == value).to_numpy(bool)
