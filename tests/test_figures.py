@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 
@@ -89,3 +90,52 @@ def test_bad_targets(figure, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="No space left"):
         figures.save(figure, tmp_path / "f.html", overwrite=True)
     assert (tmp_path / "f.html").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2.2)."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+PAGE = "#12171d"
+"""The dark page (app/workbench_app/theme.toml)."""
+
+
+def test_on_a_dark_page_everything_can_be_read():
+    assert contrast(figures.DARK[figures.INK], PAGE) > 7 and contrast(figures.DARK[figures.MUTED], PAGE) > 4.5
+    for colour in figures.COLOURS:
+        assert contrast(figures.DARK.get(colour, colour), PAGE) > 3, colour
+
+
+def test_dark_copies_leave_the_figure_as_it_was():
+    figure = figures.panels(["a", "b"], columns=2)
+    figures.line(figure, [0, 1], [1, 2], [0, 1], [2, 3], name="x")
+    figure.add_trace(figures.ratios(np.ones((1, 2)), [0, 1], ["a"], hover="", details=np.ones((1, 2)), panel=1))
+    figures.ratio_scale(figure, "times")
+    before = figure.to_json()
+    dark = figures.on_dark(figure)
+    assert figure.to_json() == before
+    text = dark.to_json()
+    assert figures.INK not in text and figures.GRID not in text and '"white"' not in text
+    band, line, heatmap = dark.data
+    assert line.line.color == figures.DARK["#0072B2"]
+    red, green, blue = (int(figures.DARK["#0072B2"][at : at + 2], 16) for at in (1, 3, 5))
+    assert band.fillcolor == f"rgba({red},{green},{blue},0.18)"
+    scale = [colour for _, colour in dark.layout.coloraxis.colorscale]
+    assert scale == figures.DIVERGING_DARK
+    np.testing.assert_array_equal(heatmap.z, figure.data[2].z)
+    middle = luminance(scale[len(scale) // 2])
+    assert all(luminance(colour) > middle for at, colour in enumerate(scale) if at != len(scale) // 2)
+
+
+def test_dark_scales_run_from_dark_to_light():
+    order = [luminance(colour) for colour in figures.SEQUENTIAL_DARK]
+    assert order == sorted(order) and len(figures.SEQUENTIAL_DARK) == len(figures.SEQUENTIAL)
+    assert len(figures.DIVERGING_DARK) == len(figures.DIVERGING)

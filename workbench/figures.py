@@ -364,7 +364,7 @@ def on_dark(figure: go.Figure) -> go.Figure:
             return [swapped(one) for one in value]
         return value  # arrays: numbers and hover texts
 
-    copy = go.Figure(swapped(figure.to_dict()))
+    copy = go.Figure(swapped(figure.to_plotly_json()))
     hover = {"bgcolor": "#1c232b", "bordercolor": DARK[AXIS], "font": {"color": DARK[INK]}}
     return copy.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", hoverlabel=hover)
 
