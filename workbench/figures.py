@@ -364,7 +364,8 @@ def on_dark(figure: go.Figure) -> go.Figure:
             return [swapped(one) for one in value]
         return value  # arrays: numbers and hover texts
 
-    copy = go.Figure(swapped(figure.to_plotly_json()))
+    parts = [trace.to_plotly_json() for trace in figure.data]  # of the whole figure, arrays would come out encoded
+    copy = go.Figure([swapped(part) for part in parts], swapped(figure.layout.to_plotly_json()))
     hover = {"bgcolor": "#1c232b", "bordercolor": DARK[AXIS], "font": {"color": DARK[INK]}}
     return copy.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", hoverlabel=hover)
 
