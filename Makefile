@@ -25,6 +25,7 @@ browser:
 demo: setup
 	$(BIN)/workbench trace demo --corpus demo $(TRACE) --out demo.duckdb --overwrite
 	$(BIN)/workbench report demo.duckdb --out demo-report.html --overwrite
+	@echo "Now look at it, and steer the model: $(BIN)/workbench app demo.duckdb"
 
 demo-full: setup
 	$(BIN)/workbench trace demo --corpus all $(TRACE) --out demo-full.duckdb --overwrite
@@ -58,6 +59,7 @@ bench: setup
 	$(BIN)/workbench bench trace
 	$(BIN)/workbench bench store
 	$(BIN)/workbench bench analysis
+	$(BIN)/workbench bench app
 
 clean:
 	rm -rf $(VENV) demo.duckdb demo-report.html demo-full.duckdb demo-full-report.html

@@ -1,9 +1,19 @@
 """Fixtures of several test files."""
 
+from __future__ import annotations
+
+import itertools
+import os
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from commandline import Command, Result
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 
 @pytest.fixture
@@ -21,3 +31,70 @@ def workbench(capsys, monkeypatch) -> Command:
         return Result(int(ended.value.code or 0), out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def demo_trace(tmp_path_factory) -> Path:
+    """A trace of the bundled model, of about 6,000 tokens: parallel texts of four languages, and texts of four domains.
+
+    Made once for all processes of the tests; not to be changed.
+    """
+    from filelock import FileLock
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    path = folder / "demo.duckdb"
+    with FileLock(folder / "demo.lock"):
+        if not path.exists():
+            trace_some_texts(path)
+    return path
+
+
+def trace_some_texts(path: Path) -> None:
+    """Write the trace of `demo_trace`."""
+    from workbench import corpus
+    from workbench.capture import trace
+
+    texts = [row for row in corpus.read("udhr") if row.lang in ("en", "de", "ar", "zh-CN")][:32]
+    domains = ("fiction", "code-python", "dialogue", "legal")
+    for domain in domains:
+        texts += list(itertools.islice((row for row in corpus.read("domains") if row.domain == domain), 2))
+    rows = [
+        {"text": row.text, "lang": row.lang, "domain": row.domain, "source": row.source, "segment_id": row.segment_id}
+        for row in texts
+    ]
+    record = ("ids", "weights", "entropy", "margin", "profiles")
+    made = path.with_suffix(".partial")
+    given = corpus.from_rows(rows, "texts")
+    trace("demo", given, made, record=record, max_length=256, long_texts="split", progress=False)
+    made.rename(path)
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Iterator[Browser]:
+    """A browser for the tests of a file. It ends with them: its event loop would be in the way of other tests."""
+    from browser import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def browse(chrome) -> Iterator[Callable[..., Page]]:
+    """`browser.open_page` of this browser; the test fails at its end if one of the pages complained."""
+    from browser import no_errors, open_page
+
+    opened: list[tuple[Page, list[str]]] = []
+
+    def open_one(*arguments: Any, **options: Any) -> Page:
+        opened.append(open_page(chrome, *arguments, **options))
+        return opened[-1][0]
+
+    yield open_one
+    try:
+        for page, complaints in opened:
+            no_errors(page)
+            assert complaints == []
+    finally:
+        for page, _ in opened:
+            page.context.close()

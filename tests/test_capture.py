@@ -438,3 +438,24 @@ def test_another_request_does_not_resume(change: dict, model: Model, texts, tmp_
     with pytest.raises(InputError, match="can't be resumed"):
         trace(model, texts, out, **({"mode": "resume", "batch_tokens": 200, "progress": False} | change))
     assert Trace(out).n_sequences == 24
+
+
+def test_progress_is_told_and_can_stop_a_run(model: Model, few, tmp_path: Path):
+    class Stopped(BaseException):
+        pass
+
+    told = []
+    out = tmp_path / "t.duckdb"
+    whole = trace(model, few, out, batch_tokens=60, progress=lambda *at: told.append(at))
+    assert told[0] == (0, whole.n_tokens) and told[-1] == (whole.n_tokens, whole.n_tokens) and len(told) > 3
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+    def stop(done: int, total: int) -> None:
+        if done >= total / 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        trace(model, few, out, batch_tokens=60, mode="overwrite", progress=stop)
+    assert 0 < Trace(out).n_tokens < whole.n_tokens
+    resumed = trace(model, few, out, batch_tokens=60, mode="resume", progress=lambda *at: told.append(at))
+    assert resumed.n_tokens == whole.n_tokens and told[-1] == (whole.n_tokens, whole.n_tokens)

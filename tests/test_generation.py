@@ -104,6 +104,32 @@ def test_probabilities(demo: Model):
     assert sum(each.probability for each in many) == pytest.approx(1, abs=1e-3)
 
 
+def test_candidates_of_ones_choice(demo: Model):
+    seen: list[torch.Tensor] = []
+
+    def rarest(p: torch.Tensor) -> torch.Tensor:
+        seen.append(p)
+        return p.argsort()[:3]
+
+    edit = Bias(layer=2, experts=[1, 4], strength=2.0)
+    found = generate(demo, PROMPT, edit, max_tokens=3, candidates=rarest)
+    assert len(seen) == 3 and all(p.dtype == torch.float32 and float(p.sum()) == pytest.approx(1) for p in seen)
+    for step, p in zip(found.steps, seen, strict=True):
+        assert step.probability == float(p[step.token_id])
+        assert [each.token_id for each in step.candidates] == p.argsort()[:3].tolist()
+        assert [each.probability for each in step.candidates] == p.sort().values[:3].tolist()
+
+
+def test_drawing_uses_no_random_numbers_of_the_process(demo: Model):
+    """So that two generations in two threads don't disturb each other."""
+    expected = generate(demo, PROMPT, max_tokens=6, temperature=1.0, seed=3)
+
+    def draw(_step: Step) -> None:
+        torch.rand(5)
+
+    assert generate(demo, PROMPT, max_tokens=6, temperature=1.0, seed=3, on_step=draw) == expected
+
+
 def test_routing(demo: Model):
     found = generate(demo, PROMPT, max_tokens=4, record={"weights", "entropy"})
     read = torch.tensor([[*found.prompt, *ids_of(found)[:-1]]])

@@ -20,7 +20,11 @@ TORCH_FREE += [
     "workbench.report",
     "workbench.finding",
     "workbench.recipe",
+    "workbench.background",
+    "workbench.slicing",
 ]
+COMPUTING = {"duckdb", "numba", "scipy", "sklearn", "torch", "transformers"}
+"""Libraries that a page has no business with: what computes is in the library, where scripts and tests can use it."""
 
 
 def imported(file: Path) -> set[str]:
@@ -42,6 +46,15 @@ def test_imports_point_one_way():
             wrong += [
                 f"{file.relative_to(ROOT)} imports {name}" for name in imported(file) if RANK.get(name, 0) > allowed
             ]
+    assert not wrong
+
+
+def test_pages_hold_widgets_only():
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in (ROOT / "app").rglob("*.py")
+        for name in imported(file) & COMPUTING
+    ]
     assert not wrong
 
 

@@ -19,7 +19,19 @@ import workbench as wb
 from workbench.errors import InputError
 from workbench.intervening import check, interventions_of
 from workbench.interventions import KINDS
-from workbench.recipe import Recipe, check_model, from_json, of_model, of_trace, read_recipe, to_json, write_recipe
+from workbench.recipe import (
+    FORMAT,
+    VERSION,
+    Recipe,
+    brief,
+    check_model,
+    from_json,
+    of_model,
+    of_trace,
+    read_recipe,
+    to_json,
+    write_recipe,
+)
 
 EVERY = (
     wb.Ablate(layer=3, experts=[5]),
@@ -48,6 +60,15 @@ def test_every_kind_comes_back_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists"):
         write_recipe(recipe, tmp_path / "r.json")
     write_recipe(recipe, tmp_path / "r.json", overwrite=True)
+
+
+def test_in_brief_is_what_is_not_by_default() -> None:
+    brief_ones = [brief(one) for one in EVERY]
+    assert from_json({"format": FORMAT, "version": VERSION, "interventions": brief_ones}).interventions == EVERY
+    assert brief_ones[0] == {"kind": "Ablate", "layer": 3, "experts": [5]}
+    assert brief(wb.Contrast()) == {"kind": "Contrast"}
+    assert brief(wb.Delta(values=torch.tensor([1.0, 2.0]))) == {"kind": "Delta", "values": [1.0, 2.0]}
+    assert json.loads(json.dumps(brief_ones)) == brief_ones
 
 
 def test_a_tensor_is_written_as_numbers() -> None:
@@ -177,6 +198,9 @@ def test_a_recipe_of_another_model_is_refused(tmp_path: Path) -> None:
             check(other, Recipe(edits, of_model(made)))
     moved = of_model(made) | {"name": f"/somewhere/else/{made.name}"}
     check_model(Recipe(edits, moved), made)
+    check_model(Recipe(edits, moved), of_model(made))  # one that isn't loaded
+    with pytest.raises(InputError, match="the recipe is for"):
+        check_model(Recipe(edits, moved), of_model(tiny.model("mixtral")))
     for wrong in ({"layers": 5}, {"layers": [[1]]}, {"name": None}):
         with pytest.raises(InputError):
             check(made, from_json(good() | {"model": of_model(made) | wrong}))

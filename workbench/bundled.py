@@ -5,6 +5,9 @@ from pathlib import Path
 MODELS = {"demo": "models/demo", "demo-early": "models/demo-early"}
 """Name of a bundled model -> where it lies."""
 
+CONTEXT = {"demo": 256, "demo-early": 256}
+"""Tokens of a context in the training of the bundled models. They have more positions, but their loss rises beyond."""
+
 _PACKAGE = Path(__file__).resolve().parent
 
 

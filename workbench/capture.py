@@ -5,7 +5,7 @@ sequences alone and a batch is committed whole, so a resumed run repeats exactly
 """
 
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Several
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -42,7 +42,7 @@ def trace(
     batch_tokens: int = 4096,
     generate: int = 0,
     recipe: Given | None = None,
-    progress: bool = True,
+    progress: bool | Callable[[int, int], None] = True,
 ) -> Trace:
     """Record the routing of every token of `corpus` under `model` into the file `out`.
 
@@ -58,6 +58,8 @@ def trace(
     batch_tokens  padded tokens a forward pass, at most (a longer single sequence still gets a batch of its own)
     generate      greedy tokens to generate after each sequence, routed and recorded as phase "generated"
     recipe        interventions in force, whatever `workbench.intervene` takes; the run's column `recipe` has them
+    progress      whether to draw bars; or what is called before the first batch and after each with the tokens done and
+                  their number in all: what it raises ends the run, like a KeyboardInterrupt, and comes out of here
 
     Raises InputError before anything is written if the request can't be met, RunError if the run breaks off; whole
     sequences committed until then stay in the file and `mode="resume"` continues. So does an intervention that touched
@@ -81,7 +83,9 @@ def trace(
     def texts() -> Iterator[Sequence]:
         return _texts(model, sources, limit, long_texts, max_tokens, generation_prompt=generate > 0)
 
-    plan = survey(tqdm(texts(), desc="reading", unit=" texts", disable=None if progress else True, leave=False))
+    bars = progress is True
+    told = progress if callable(progress) else _untold
+    plan = survey(tqdm(texts(), desc="reading", unit=" texts", disable=None if bars else True, leave=False))
     names = [source.name for source in sources]
     run = run or ".".join([Path(model.name).name, "+".join(Path(name).name for name in names), *_steered(recipe)])
     request = {
@@ -96,16 +100,19 @@ def trace(
     }
     with Writer(out, header(model, run, record, request, edited), layer_rows(model, top_k), mode=mode) as writer:
         done = writer.finished_sequences
+        total = plan.n_tokens + generate * plan.n_sequences
         bar = tqdm(
-            total=plan.n_tokens + generate * plan.n_sequences,
+            total=total,
             desc=f"tracing {Path(model.name).name}",
             unit=" tokens",
             unit_scale=True,
-            disable=None if progress else True,
+            disable=None if bars else True,
         )
         edits = nullcontext() if edited is None else intervene(model, edited, idle=bool(done))
         with bar, edits, recorder, torch.inference_mode():
             named: set[int] = set()
+            n_done = 0
+            told(n_done, total)
             for batch in batches(texts(), batch_tokens):
                 if not done.issuperset(sequence.seq for sequence in batch):
                     block = run_batch(model, recorder, batch, generate, predict="predictions" in record)
@@ -114,8 +121,15 @@ def trace(
                     writer.add_vocabulary(token_texts(model.tokenizer, sorted(new)))
                     writer.append(block)
                     named |= new
-                bar.update(sum(len(sequence.token_ids) + generate for sequence in batch))
+                size = sum(len(sequence.token_ids) + generate for sequence in batch)
+                bar.update(size)
+                n_done += size
+                told(n_done, total)
     return Trace(out, run=run)
+
+
+def _untold(done: int, total: int) -> None:
+    """Nobody wants to know how far a run is."""
 
 
 def read_texts(

@@ -12,6 +12,7 @@ temperature.
 
 `on_step` is called with each token as it is chosen, on the caller's thread; it stops the generation by returning True.
 There is no iterator, on purpose: between its steps the model would stay intervened on for whoever uses it next.
+`workbench.side_by_side` generates several continuations in turns, on modules of their own.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Step:
     text         what it adds to the text: "" while a character lacks bytes, whole characters when it is complete; ""
                  for the token that ends the text
     probability  of the token, in [0, 1]
-    candidates   the most likely tokens, likeliest first; as many as were asked for
+    candidates   the most likely tokens, likeliest first; as many as were asked for, or those that were asked for
     routing      if asked for, one a layer: of the n tokens that were read to choose this one, which are those of the
                  prompt at the first step and then the one chosen before
     """
@@ -98,7 +99,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
-    candidates: int = 0,
+    candidates: int | Callable[[Tensor], Tensor] = 0,
     record: Collection[str] | None = None,
     on_step: Callable[[Step], Any] | None = None,
 ) -> Generated:
@@ -109,9 +110,10 @@ def generate(
     interventions  a recipe, its file, or one or several interventions; None for the model as it is
     max_tokens     most tokens to generate; with the prompt no more than the model's positions
     temperature    0 takes the most likely token, else tokens are drawn
-    seed           of drawing; the global random numbers are left as they are
+    seed           of drawing; the global random numbers are neither used nor changed
     chat           `prompt` is what a user says: apply the chat template
-    candidates     how many of the likeliest tokens each step has
+    candidates     how many of the likeliest tokens each step has; or which: a function of the probabilities, float32
+                   (vocabulary,), that gives their ids
     record         what to record of the routing: weights, entropy, margin, logits, norms; () only the experts, None
                    nothing at all
     on_step        called with each Step; what it raises is passed on, and True stops
@@ -121,13 +123,13 @@ def generate(
     on_step stopped).
     """
     model = model if isinstance(model, Model) else load(model)
-    _check(model, max_tokens, temperature)
-    not_negative(seed=seed, candidates=candidates)
-    ids = prompt_ids(model, prompt, chat, max_tokens)
+    not_negative(candidates=0 if callable(candidates) else candidates)
+    ids = check_question(model, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat)
     recorder = None if record is None else Recorder(model, record)
     module: Any = model.module
     ends = end_ids(module)
     writing = _Writing(model.tokenizer, ids)
+    dice = torch.Generator(model.device).manual_seed(seed)
     steps: list[Step] = []
     logits = torch.empty(0)
     ended: Literal["end", "length", "stopped"] = "length"
@@ -139,6 +141,9 @@ def generate(
             raise RunError(
                 f"the logits are NaN or infinite after {len(steps)} tokens: take a weaker edit, or compute in float32."
             )
+        if temperature:  # drawn here and not by transformers, whose random numbers belong to the whole process
+            drawn = torch.multinomial((scores / temperature).softmax(-1), 1, generator=dice)
+            return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0)
         return scores
 
     def see(so_far: Tensor, _scores: Any) -> Tensor:
@@ -153,12 +158,9 @@ def generate(
         seen = None if recorder is None else tuple(routing(layer, None) for layer in recorder.take()[-1])
         steps.append(_step(model, token_id, text, logits[0], candidates, seen))
         if on_step is not None and on_step(steps[-1]) is True:
-            raise _Stopped
+            raise Stopped
         return done
 
-    sampling = {"do_sample": False}
-    if temperature:
-        sampling = {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0}
     applied = None
     try:
         with ExitStack() as stack:
@@ -167,20 +169,18 @@ def generate(
             if recorder is not None:
                 stack.enter_context(recorder)
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(torch.random.fork_rng([model.device] if model.device.type == "cuda" else []))
-            torch.manual_seed(seed)
             given = torch.tensor([ids], device=model.device)
             module.generate(
                 input_ids=given,
                 attention_mask=torch.ones_like(given),
                 max_new_tokens=max_tokens,
                 num_beams=1,
+                do_sample=False,
                 pad_token_id=pad_id(model),
                 logits_processor=[keep],
                 stopping_criteria=[see],
-                **sampling,
             )
-    except _Stopped:
+    except Stopped:
         ended = "stopped"
     except (RunError, InputError):
         raise
@@ -205,13 +205,25 @@ def compare(
     control  a seed: also continue it under the same edits of random experts, as "control"
     options  further arguments of `generate`
     """
+    recipes = compared(interventions, control)
+    model = model if isinstance(model, Model) else load(model)
+    return {name: generate(model, prompt, each, **options) for name, each in recipes.items()}
+
+
+def compared(interventions: Given | None, control: int | None = None) -> dict[str, Recipe | None]:
+    """What a prompt is continued under: "plain" (nothing) and, if there are interventions, "steered" and, with a seed,
+    "control". InputError if there is no control of them.
+    """
     not_negative(seed=control or 0)
+    if interventions is None:
+        if control is not None:
+            raise InputError("there are no interventions, so there is no control of random experts.")
+        return {"plain": None}
     recipe = as_recipe(interventions)
     recipes = {"plain": None, "steered": recipe}
     if control is not None:
         recipes["control"] = Recipe(random_control(recipe.interventions, control), recipe.model, recipe.source)
-    model = model if isinstance(model, Model) else load(model)
-    return {name: generate(model, prompt, each, **options) for name, each in recipes.items()}
+    return recipes
 
 
 def first_difference(one: Generated, other: Generated) -> int | None:
@@ -222,8 +234,8 @@ def first_difference(one: Generated, other: Generated) -> int | None:
     return next(differ, shorter if shorter < longer else None)
 
 
-class _Stopped(Exception):
-    """on_step asked to stop. An exception, so that no intervention has to have touched something by then."""
+class Stopped(Exception):
+    """Ends a generation as stopped, raised anywhere in it: then no intervention has to have touched something."""
 
 
 class _Writing:
@@ -260,18 +272,42 @@ class _Writing:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _step(model: Model, token_id: int, text: str, logits: Tensor, n: int, seen: tuple[Routing, ...] | None) -> Step:
+def _step(
+    model: Model,
+    token_id: int,
+    text: str,
+    logits: Tensor,
+    wanted: int | Callable[[Tensor], Tensor],
+    seen: tuple[Routing, ...] | None,
+) -> Step:
     """A step; logits are float (vocabulary,), those that the token was chosen by."""
     p = logits.float().softmax(-1)
-    best = p.topk(min(n, len(p)))
-    ids = best.indices.tolist()
-    texts = token_texts(model.tokenizer, [token_id, *ids])
-    found = zip(ids, best.values.tolist(), strict=True)
-    likely = tuple(Candidate(each, texts[each], probability) for each, probability in found)
-    return Step(token_id, texts[token_id], text, float(p[token_id]), likely, seen)
+    likely = candidates_of(model, p, wanted(p) if callable(wanted) else likeliest(p, wanted))
+    return Step(token_id, token_texts(model.tokenizer, [token_id])[token_id], text, float(p[token_id]), likely, seen)
 
 
-def _check(model: Model, max_tokens: int, temperature: float) -> None:
+def likeliest(p: Tensor, n: int) -> Tensor:
+    """Ids of the n likeliest tokens, likeliest first; p is (vocabulary,)."""
+    return p.topk(min(n, len(p))).indices
+
+
+def candidates_of(model: Model, p: Tensor, ids: Tensor) -> tuple[Candidate, ...]:
+    """Tokens with their probabilities, in the order of ids; p is (vocabulary,)."""
+    known = ids.tolist()
+    texts = token_texts(model.tokenizer, known)
+    return tuple(Candidate(each, texts[each], found) for each, found in zip(known, p[ids].tolist(), strict=True))
+
+
+def check_question(
+    model: Model,
+    prompt: str | list[Mapping[str, Any]],
+    *,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+) -> list[int]:
+    """Token ids of the prompt. InputError for what `generate` refuses of it, of the model and of the settings."""
     if model.tokenizer is None:
         raise InputError(f"model {model.name} has no tokenizer: load it with `workbench.load(…, tokenizer=…)`")
     if reads_twice(model) or not predicts_next(model):
@@ -280,6 +316,8 @@ def _check(model: Model, max_tokens: int, temperature: float) -> None:
         raise InputError(f"max_tokens is {max_tokens}; expected at least 1 token to generate.")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise InputError(f"temperature is {temperature}; expected 0 (the most likely token) or a number above it.")
+    not_negative(seed=seed)
+    return prompt_ids(model, prompt, chat, max_tokens)
 
 
 def prompt_ids(model: Model, prompt: str | list[Mapping[str, Any]], chat: bool, max_tokens: int) -> list[int]:

@@ -184,3 +184,14 @@ def weightiest(frame: pd.DataFrame) -> pd.DataFrame:
     """The most important experts first, by the first score there is."""
     score = next(name.removesuffix("_rank") for name in frame.columns if name.endswith("_rank"))
     return frame.sort_values(score, ascending=False)
+
+
+def least_alike(frame: pd.DataFrame) -> pd.DataFrame:
+    """The overlap of every group over all layers, the smallest first."""
+    return together(frame[frame["measure"] == "overlap"]).sort_values("value", kind="stable")
+
+
+def most_changed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Experts whose share surely changed (an interval without 0), the largest changes first."""
+    sure = frame[(frame["low"] > 0) | (frame["high"] < 0)]
+    return sure.sort_values("difference", key=lambda values: -values.abs(), kind="stable")

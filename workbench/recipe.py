@@ -94,13 +94,24 @@ def as_recipe(given: Recipe | str | Path | AnyIntervention | Iterable[AnyInterve
 
 def described(one: AnyIntervention) -> str:
     """An intervention in a line, without what is as by default: Ablate(layer=3, experts=[5])."""
-    parts = []
+    parts = [f"{name}={_shown(getattr(one, name), value)}" for name, value in _given(one).items()]
+    return f"{type(one).__name__}({', '.join(parts)})"
+
+
+def brief(one: AnyIntervention) -> dict[str, Any]:
+    """An intervention as values that JSON has, without what is as by default, which `from_json` fills in again."""
+    return {"kind": type(one).__name__, **_given(one)}
+
+
+def _given(one: AnyIntervention) -> dict[str, Any]:
+    """What isn't as by default, as values that JSON has."""
+    found = {}
     for item in dataclasses.fields(one):
         value = _plain(getattr(one, item.name))
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         if default is dataclasses.MISSING or value != _plain(default):
-            parts.append(f"{item.name}={_shown(getattr(one, item.name), value)}")
-    return f"{type(one).__name__}({', '.join(parts)})"
+            found[item.name] = value
+    return found
 
 
 def _shown(value: Any, plain: Any) -> str:
@@ -139,14 +150,15 @@ def from_json(found: Any) -> Recipe:
     return Recipe(_interventions(found.get("interventions"), "interventions"), model, source)
 
 
-def check_model(recipe: Recipe, model: Model) -> None:
-    """InputError if the recipe is for another model: expert numbers mean nothing there.
+def check_model(recipe: Recipe, model: Model | Mapping[str, Any]) -> None:
+    """InputError if the recipe is for another model than this, loaded or as `of_model` names it.
 
-    Folders and Hub ids of one model are told apart by their last part only, so that a checkpoint may move.
+    Expert numbers mean nothing in another model. Folders and Hub ids of one model are told apart by their last part
+    only, so that a checkpoint may move.
     """
     if not recipe.model:
         return
-    here = of_model(model)
+    here = model if isinstance(model, Mapping) else of_model(model)
     same_name = Path(str(recipe.model["name"])).name == Path(here["name"]).name
     same_layers = [list(layer) for layer in recipe.model["layers"]] == here["layers"]
     if same_name and same_layers and recipe.model["family"] == here["family"]:

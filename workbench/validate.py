@@ -3,7 +3,9 @@
 >>> validate("udhr.duckdb")          # an empty table: no problems     # doctest: +SKIP
 """
 
+import itertools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import duckdb
@@ -27,21 +29,24 @@ class Check:
     since: int = 1
 
 
-def validate(path: str | os.PathLike, run: str | None = None) -> pd.DataFrame:
+def validate(
+    path: str | os.PathLike, run: str | None = None, *, progress: Callable[[int], None] | None = None
+) -> pd.DataFrame:
     """The problems of one run of the trace at `path`, or of all runs; an empty table if there are none.
 
     One row for each invariant that is broken: severity ("error": analyses of this run can be wrong; "warning": it may
     be as meant), check (its name), run, layer, seq, pos (of the first row that breaks it, by layer, sequence and
-    position; null where it has none), rows (how many break it) and message. InputError if the file is not a readable
-    trace.
+    position; null where it has none), rows (how many break it) and message. `progress` is called after each check with
+    the number done, of len(CHECKS) a run. InputError if the file is not a readable trace.
     """
     found: list[tuple] = []
     with schema.reading(path) as con:
         version = schema.version_of(con)
         names = [row["run"] for row in schema.runs(con)] if run is None else [schema.find_run(con, path, run)]
-        for name in dict.fromkeys(names):
-            for check in CHECKS:
-                found += _broken(con, check, name) if check.since <= version else []
+        for number, (name, check) in enumerate(itertools.product(dict.fromkeys(names), CHECKS), start=1):
+            found += _broken(con, check, name) if check.since <= version else []
+            if progress is not None:
+                progress(number)
         if run is None:
             found += _broken(con, _ORPHANS, None)
     frame = pd.DataFrame(found, columns=list(COLUMNS))

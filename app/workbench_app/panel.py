@@ -3,7 +3,7 @@
 import inspect
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from workbench import analysis as analyses
-from workbench import figures, report
+from workbench import figures, linking, report
 from workbench.analysis.counting import MOST_GROUPS
 from workbench.background import Answer, Asked
 from workbench.export import save_table
@@ -36,36 +36,50 @@ def table(frame: pd.DataFrame, name: str, **options: Any) -> Any:
     Returns what st.dataframe returns.
     """
     with st.container(key=f"table-{name}", gap="small"):
+        # Unlike other numbers these have any number of zeros behind the point.
+        tiny = {name: st.column_config.NumberColumn(format="%.3g") for name in ("p", "q") if name in frame}
+        options["column_config"] = tiny | (options.get("column_config") or {})
         shown = st.dataframe(frame.head(MOST_ROWS), hide_index=True, **options)
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             rows = f"{len(frame):,} row{'s' * (len(frame) != 1)}"
             more = f", the first {MOST_ROWS:,} shown" if len(frame) > MOST_ROWS else ""
             st.caption(rows + more, width="stretch")
-            for ending, mime in ((".csv", "text/csv"), (".parquet", "application/vnd.apache.parquet")):
-                download(ending, partial(_table_file, frame, ending), f"{name}{ending}", mime)
+            table_downloads(frame, name)
     return shown
 
 
-def figure(drawn: go.Figure, name: str, *, on_select: Any = "ignore") -> Any:
+def table_downloads(frame: pd.DataFrame, name: str) -> None:
+    """The buttons that download a table as CSV or Parquet."""
+    for ending, mime in ((".csv", "text/csv"), (".parquet", "application/vnd.apache.parquet")):
+        download(ending, partial(_table_file, frame, ending), f"{name}{ending}", mime)
+
+
+def figure(drawn: go.Figure, name: str, *, on_select: Any = "ignore", clickable: go.Figure | None = None) -> Any:
     """A figure in the colours of the page's theme, and a menu that downloads it as SVG, PNG or HTML.
 
     name       of the file, and of the widgets: unique on the page
     on_select  "rerun": return what was clicked, as st.plotly_chart does
+    clickable  what `workbench.linking.clickable` made of it, to be shown in its place
     """
     with st.container(key=f"figure-{name}", gap="small"):
-        dark = st.context.theme.type == "dark"
-        shown = st.plotly_chart(
-            figures.on_dark(drawn) if dark else drawn,
+        dark, shown = st.context.theme.type == "dark", clickable or drawn
+        selected = st.plotly_chart(
+            figures.on_dark(shown) if dark else shown,
             theme=None,
             config=figures.CONFIG,
             key=f"plot-{name}",
             on_select=on_select,
             selection_mode="points",
         )
-        with st.container(horizontal=True, horizontal_alignment="right", gap="small"):
-            for ending, mime in ((".svg", "image/svg+xml"), (".png", "image/png"), (".html", "text/html")):
-                download(ending, partial(_figure_file, drawn, ending), f"{name}{ending}", mime)
-    return shown
+        figure_downloads(drawn, name)
+    return selected
+
+
+def figure_downloads(drawn: go.Figure | Callable[[], go.Figure], name: str) -> None:
+    """The buttons that download a figure, or what draws it, as SVG, PNG or HTML."""
+    with st.container(horizontal=True, horizontal_alignment="right", gap="small"):
+        for ending, mime in ((".svg", "image/svg+xml"), (".png", "image/png"), (".html", "text/html")):
+            download(ending, partial(_figure_file, drawn, ending), f"{name}{ending}", mime)
 
 
 def download(ending: str, make: Callable[[], bytes], file_name: str, mime: str) -> None:
@@ -83,23 +97,24 @@ def definition(text: str, label: str = "Definition") -> None:
         st.html(f"<div style='max-width: 46rem'>{report.definition(text)}</div>")
 
 
-def analysis(question: Question, *, key: str = "") -> None:
+def analysis(question: Question, *, key: str = "", fixed: Collection[str] = ()) -> None:
     """One analysis: its options, its answer as findings, figure and table, how it is defined, and how to get it again.
 
     question   from workbench.questions, or made for the page; its arguments are the defaults of the options
     key        told apart from another panel of the same analysis on the page
+    fixed      options that aren't offered, because the page has a widget for them
     """
     name = "-".join(part for part in (question.name, key) if part)
-    st.fragment(_panel, key=name)(question, name)
+    st.fragment(_panel, key=name)(question, name, fixed)
 
 
-def _panel(question: Question, name: str) -> None:
+def _panel(question: Question, name: str, fixed: Collection[str]) -> None:
     with st.container(key=f"panel-{name}"):
         with st.container(horizontal=True, vertical_alignment="center"):
             st.subheader(question.heading or analyses.question(question.name), anchor=False, width="stretch")
             arguments = None
             with messages.guarded():
-                arguments = options(question, name)
+                arguments = options(question, name, fixed)
             definition(analyses.file(question.name).__doc__ or "")
         with messages.guarded():
             if arguments is not None:
@@ -116,26 +131,36 @@ def asking(name: str, arguments: dict[str, Any]) -> Asked:
 
 
 def answered(asked: Asked, question: Question, name: str) -> None:
-    """The answer, or how far it is."""
+    """The answer with all that belongs to it, or how far it is."""
+    answer = finished(asked, name)
+    if answer is not None:
+        show(answer, question, name)
+
+
+def finished(asked: Asked, name: str) -> Answer | None:
+    """The answer where it is there; else None, and how far it is with a button that cancels is shown.
+
+    name  key of the fragment that calls this
+    """
     workers = view.workers()
     answer = workers.known(asked)
     poll.done(name)
     if answer is not None and answer.cancelled:
         st.info("Cancelled.", icon=":material/cancel:")
         if not st.button("Start again", key=f"again-{name}"):
-            return
+            return None
         answer = None
     if answer is None:
         answer = workers.ask(asked, view.whole().n_layers)
         answer.wait(AT_ONCE)
     if answer.done:
-        show(answer, question, name)
-    else:
-        done, layers = answer.progress
-        with poll.waiting(name):
-            text = f"layer {done} of {layers}" if layers and done else "starting"
-            st.progress(done / layers if layers else 0.0, f"{answer.seconds:.0f} s: {text}", width="stretch")
-            st.button("Cancel", key=f"cancel-{name}", icon=":material/close:", on_click=answer.cancel)
+        return answer
+    done, layers = answer.progress
+    with poll.waiting(name):
+        text = f"layer {done} of {layers}" if layers and done else "starting"
+        st.progress(done / layers if layers else 0.0, f"{answer.seconds:.0f} s: {text}", width="stretch")
+        st.button("Cancel", key=f"cancel-{name}", icon=":material/close:", on_click=answer.cancel)
+    return None
 
 
 def show(answer: Answer, question: Question, name: str) -> None:
@@ -143,7 +168,12 @@ def show(answer: Answer, question: Question, name: str) -> None:
     frame = answer.table()
     findings = analyses.file(question.name).findings(frame)
     st.markdown("\n".join(f"- {messages.text(finding)}" for finding in findings))
-    figure(_drawn(answer.asked, answer), name)
+    drawn, clickable = _drawn(answer.asked, answer)
+    clicked = figure(drawn, name, on_select="rerun", clickable=clickable)
+    if points := clicked["selection"]["points"]:
+        linked(linking.rows(frame, clickable, points[0]), name)
+    else:
+        st.caption("Click a point to see its rows of the table.")
     picked = question.pick is not None and st.toggle(
         f"Only{question.choice.lstrip(',') or ' the rows worth a look'}", True, key=f"picked-{name}"
     )
@@ -152,9 +182,21 @@ def show(answer: Answer, question: Question, name: str) -> None:
         st.code(command(question.name, dict(answer.asked.arguments)), "sh", wrap_lines=True)
 
 
+def linked(rows: pd.DataFrame, name: str) -> None:
+    """The rows that a clicked point means."""
+    if rows.empty:
+        st.caption("What you clicked stands for no single row of the table.")
+        return
+    with st.container(border=True, key=f"clicked-{name}"):
+        st.markdown(f"**What you clicked:** {len(rows):,} row{'s' * (len(rows) != 1)} of the table")
+        table(rows, f"{name}-clicked")
+
+
 @st.cache_resource(max_entries=64, show_spinner=False, hash_funcs={Asked: repr})
-def _drawn(asked: Asked, _answer: Answer) -> go.Figure:
-    return analyses.find(asked.name)[1](_answer.table())
+def _drawn(asked: Asked, _answer: Answer) -> tuple[go.Figure, go.Figure]:
+    """The figure, and the same with points that can be clicked."""
+    drawn = analyses.find(asked.name)[1](_answer.table())
+    return drawn, linking.clickable(drawn)
 
 
 def command(name: str, arguments: dict[str, Any]) -> str:
@@ -174,7 +216,7 @@ def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def options(question: Question, name: str) -> dict[str, Any]:
+def options(question: Question, name: str, fixed: Collection[str] = ()) -> dict[str, Any]:
     """What the user chose of the options of an analysis, those that differ from their defaults.
 
     InputError for text that makes no value. The options are the parameters of the function, explained by its docstring.
@@ -185,7 +227,9 @@ def options(question: Question, name: str) -> dict[str, Any]:
     with st.popover("Options", icon=":material/tune:", type="tertiary"):
         for option, parameter in list(inspect.signature(ask).parameters.items())[1:]:
             default = question.arguments.get(option, parameter.default)
-            value = widget(option, hints[option], default, f"{name}.{option}", explained.get(option))
+            value = default
+            if option not in fixed:
+                value = widget(option, hints[option], default, f"{name}.{option}", explained.get(option))
             if value != parameter.default:
                 chosen[option] = value
     return chosen
@@ -241,8 +285,8 @@ def _table_file(frame: pd.DataFrame, ending: str) -> bytes:
         return path.read_bytes()
 
 
-def _figure_file(drawn: go.Figure, ending: str) -> bytes:
+def _figure_file(drawn: go.Figure | Callable[[], go.Figure], ending: str) -> bytes:
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"figure{ending}"
-        figures.save(drawn, path)
+        figures.save(drawn if isinstance(drawn, go.Figure) else drawn(), path)
         return path.read_bytes()

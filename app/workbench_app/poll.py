@@ -8,18 +8,25 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 JS = """
-export default function ({ parentElement, setTriggerValue }) {
-  const host = parentElement.host ?? parentElement;
-  host.timer ??= setInterval(() => {
+export default function ({ setTriggerValue }) {
+  const app = document.querySelector('[data-testid="stApp"]');
+  const idle = () => app.dataset.testScriptState === "notRunning";
+  let asked = 0;
+  const answered = new MutationObserver(() => { if (idle()) asked = 0; });
+  answered.observe(app, { attributes: true, attributeFilter: ["data-test-script-state"] });
+  const timer = setInterval(() => {
     const waiting = document.querySelector('[class*="st-key-waiting-"]');
-    const idle = document.querySelector('[data-testid="stApp"][data-test-script-state="notRunning"]');
-    if (waiting && idle) setTriggerValue("tick", Date.now());
+    // A tick would break off the drawing that the one before it asked for, on a server that is slow to begin it.
+    if (waiting && idle() && Date.now() - asked > 5000) {
+      asked = Date.now();
+      setTriggerValue("tick", asked);
+    }
   }, 400);
-  return () => { clearInterval(host.timer); host.timer = null; };
+  return () => { clearInterval(timer); answered.disconnect(); };
 }
 """
-STYLE = '<style>[class*="st-key-panel-"] [data-stale="true"] { opacity: 1 !important; }</style>'
-"""A panel that is drawn again stays as it is until then: Streamlit would dim it at each tick."""
+STYLE = '<style>[data-stale="true"] { opacity: 1 !important; }</style>'
+"""What is drawn again stays as it is until then: Streamlit would dim the page at each tick."""
 _timer = st.components.v2.component("workbench_poll", js=JS)
 
 

@@ -6,7 +6,7 @@ import pytest
 from routed import Routed, full_trace, random_trace, write
 
 from workbench.analysis.cache import cache
-from workbench.analysis.cache_speed import cache_speed, figure, findings
+from workbench.analysis.cache_speed import cache_speed, figure, findings, speeds, what_if
 from workbench.errors import InputError
 
 SIZE = {"hidden": 100, "intermediate": 50, "bytes_per_parameter": 2.0}  # 30,000 bytes
@@ -127,3 +127,42 @@ def test_nothing_chosen(tmp_path):
 def test_refused(routed, options, said):
     with pytest.raises(InputError, match=said):
         cache_speed(routed.trace, **options)
+
+
+def test_speeds_of_a_table(routed):
+    """The arithmetic alone, over a table of `cache`, gives what the analysis gives."""
+    found = cache(routed.trace, policies=("static-held-out", "lru", "window", "belady"), n_resamples=20)
+    options = {"bandwidth": 3.0, "latency_us": 2.0, "overlap": 0.5, "memory_gb": 1e-4, "target": 0.3}
+    frame = speeds(found, [6, 6], bytes_per_expert=30_000, **options)
+    pd.testing.assert_frame_equal(frame, cache_speed(routed.trace, n_resamples=20, **options, **SIZE))
+
+
+def test_speeds_of_one_cache_for_all_layers(routed):
+    found = cache(routed.trace, policies=("lru", "window"), scope="global", n_resamples=0)
+    frame = speeds(found, [6, 6], bytes_per_expert=30_000)
+    assert set(frame["scope"]) == {"global"}
+    assert frame["memory_gb"].to_numpy() == pytest.approx(frame["capacity"].to_numpy() * 30_000 / 1e9)
+
+
+def test_what_if(routed):
+    frame = cache_speed(routed.trace, n_resamples=20, **SIZE)
+    found = what_if(frame, "lru", 4)
+    row = frame[(frame["policy"] == "lru") & (frame["capacity"] == 4)].iloc[0]
+    for name in ("hit_rate", "low", "high", "tokens_per_second", "loads", "memory_gb"):
+        assert found[name] == row[name]
+    accesses = row["accesses"]
+    each = 30_000 / 25e9 + 10e-6
+    compute = accesses * 30_000 / 1000e9
+    assert found["resident"] == pytest.approx(1 / compute)
+    assert found["without"] == pytest.approx(1 / (compute + accesses * each))
+    assert found["without"] <= found["tokens_per_second"] <= found["resident"]
+    unknown = what_if(frame, "lru", 1)  # a token needs two experts at once
+    assert np.isnan(unknown["hit_rate"]) and np.isnan(unknown["tokens_per_second"])
+    with pytest.raises(InputError, match="policy is 'fifo'; the table has static-held-out, lru"):
+        what_if(frame, "fifo", 4)
+    with pytest.raises(InputError, match="capacity is 99; the table has 1 to 6"):
+        what_if(frame, "lru", 99)
+    with pytest.raises(InputError, match="bytes_per_expert is 0; expected a number above 0"):
+        speeds(frame, [6, 6], bytes_per_expert=0)
+    with pytest.raises(InputError, match="other_bytes is -1; expected a number of at least 0"):
+        speeds(frame, [6, 6], bytes_per_expert=1, other_bytes=-1)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.analysis.choice_overlap import chances, compare
+from workbench.analysis.choice_overlap import Choices, chances, compare
 from workbench.analysis.counting import Cells
 from workbench.routing import NO_EXPERT
 
@@ -32,7 +32,7 @@ def compared(a: np.ndarray, b: np.ndarray, group: np.ndarray) -> tuple[dict, dic
         labels=[str(label) for label in order], group=order.astype(np.int32), text=np.zeros(len(order), np.int32),
         strata=None, of_token=group.astype(np.int32), n_tokens=order, n_sequences=order, n_texts=order, n_unlabelled=0,
     )  # fmt: skip
-    return columns, chances(a, b, sizes, first, hashes, columns, cells, N_EXPERTS)
+    return columns, chances(Choices(a, b, columns, sizes, first, hashes), cells, N_EXPERTS)
 
 
 def chosen(row: np.ndarray) -> list[int]:

@@ -26,7 +26,9 @@ from workbench.analysis.cache_speed import cache_speed
 from workbench.analysis.coactivation import coactivation
 from workbench.analysis.consistency import consistency
 from workbench.analysis.contrast import contrast
+from workbench.analysis.expert_changes import expert_changes
 from workbench.analysis.expert_map import expert_map
+from workbench.analysis.expert_values import expert_values
 from workbench.analysis.gate_regression import gate_regression
 from workbench.analysis.group_similarity import group_similarity
 from workbench.analysis.importance import importance
@@ -42,30 +44,34 @@ from workbench.analysis.placement import placement
 from workbench.analysis.prefetch import prefetch
 from workbench.analysis.segment_cache import segment_cache
 from workbench.analysis.sensitivity import sensitivity
+from workbench.analysis.similar_experts import similar_experts
 from workbench.analysis.similarity import similarity
 from workbench.analysis.specialization import specialization
 from workbench.analysis.straggler import straggler
 from workbench.analysis.task_experts import task_experts
+from workbench.analysis.token_changes import token_changes
 from workbench.analysis.u_shape import u_shape
 from workbench.analysis.uncertainty import uncertainty
 from workbench.analysis.vocabulary import vocabulary
 from workbench.errors import InputError
 
 NAMES = (
-    "load", "balance", "straggler", "bandwidth", "specialization", "mutual_information", "vocabulary", "contrast",
-    "group_similarity", "alignment", "u_shape", "language_distance", "loss_correlation", "task_experts",
-    "consistency", "segment_cache", "cache", "cache_speed", "prefetch", "coactivation", "partners", "affinity",
-    "layer_links", "placement", "agreement", "uncertainty", "importance", "norm_rank", "sensitivity", "similarity",
-    "gate_regression", "expert_map", "permutation",
+    "load", "balance", "expert_values", "straggler", "bandwidth", "specialization", "mutual_information",
+    "vocabulary", "contrast", "group_similarity", "alignment", "u_shape", "language_distance", "loss_correlation",
+    "task_experts", "consistency", "segment_cache", "cache", "cache_speed", "prefetch", "coactivation", "partners",
+    "affinity", "similar_experts", "layer_links", "placement", "agreement", "expert_changes", "token_changes",
+    "uncertainty", "importance", "norm_rank", "sensitivity", "similarity", "gate_regression", "expert_map",
+    "permutation",
 )  # fmt: skip
 """What `workbench analyze` offers, in this order."""
 
 __all__ = [
     "affinity", "agreement", "alignment", "arguments", "balance", "bandwidth", "cache", "cache_speed", "coactivation",
-    "consistency", "contrast", "expert_map", "file", "find", "gate_regression", "group_similarity", "importance",
-    "language_distance", "layer_links", "load", "loss_correlation", "mutual_information", "norm_rank", "partners",
-    "permutation", "placement", "prefetch", "question", "segment_cache", "sensitivity", "similarity",
-    "specialization", "straggler", "subject", "task_experts", "u_shape", "uncertainty", "vocabulary",
+    "consistency", "contrast", "expert_changes", "expert_map", "file", "find", "gate_regression", "group_similarity",
+    "importance", "language_distance", "layer_links", "load", "loss_correlation", "mutual_information", "norm_rank",
+    "partners", "permutation", "placement", "prefetch", "question", "segment_cache", "sensitivity", "similar_experts",
+    "similarity", "specialization", "straggler", "subject", "task_experts", "token_changes", "u_shape", "uncertainty",
+    "vocabulary",
 ]  # fmt: skip
 
 

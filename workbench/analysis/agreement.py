@@ -50,13 +50,12 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from workbench import figures
-from workbench.analysis.choice_overlap import chances, compare
+from workbench.analysis.choice_overlap import chances, choices, taken
 from workbench.analysis.counting import Cells, experts_of, sort_into_cells
 from workbench.analysis.group_heatmap import group_heatmap
-from workbench.analysis.matching import Matched, match, need_same_layers, other_run
+from workbench.analysis.matching import Matched, match, name_of, need_same_layers, other_run
 from workbench.analysis.router_probabilities import chunks, log_probabilities, scoring
 from workbench.analysis.token_means import by_group, drawn_texts, in_blocks, means, only, ratio, sums
-from workbench.routing import NO_EXPERT
 from workbench.tracefile import Trace
 
 ALL_LAYERS = None
@@ -100,7 +99,7 @@ def agreement(
     drawn = drawn_texts(cells, n_resamples, seed)
     shared = {
         "run": trace.run,
-        "other": other.run if other.path == trace.path else f"{other.path.name}#{other.run}",
+        "other": name_of(other, trace),
         "by": by,
     }
     left_out = {
@@ -181,24 +180,12 @@ def compare_layer(
 
     `differs` (n,) becomes 1 where the sets differ.
     """
-    a, b = taken(trace.experts(layer), matched.first), taken(other.experts(layer), matched.second)
-    weighted = "weights" in trace.recorded and "weights" in other.recorded
-    wa = wb = np.zeros((1, 1), np.float32)
-    if weighted:
-        wa, wb = taken(trace.weights(layer), matched.first), taken(other.weights(layer), matched.second)
-    n, n_experts = len(a), experts_of(trace, layer)
-    marks = np.random.default_rng(0).integers(1, 1 << 62, n_experts).astype(np.uint64)
-    overlap, exact, top1, difference, shift = (np.full(n, np.nan) for _ in range(5))
-    sizes, first = np.zeros((n, 2), np.uint8 if a.shape[1] < 256 else np.uint16), np.full((n, 2), NO_EXPERT)
-    hashes = np.zeros((n, 2), np.uint64)
-    compare(a, b, wa, wb, weighted, marks, overlap, exact, top1, difference, shift, sizes, first, hashes)
-    del wa, wb  # the largest arrays there are
-    differs[exact == 0] = 1
-    columns = {"overlap": overlap, "exact_match": exact, "top1_match": top1}
-    chance = chances(a, b, sizes, first, hashes, columns, cells, n_experts)
-    if weighted:
-        columns |= {"weight_difference": difference, "weight_shift": shift}
+    found = choices(trace, other, layer, matched)
+    columns, n_experts = found.columns, experts_of(trace, layer)
+    differs[columns["exact_match"] == 0] = 1
+    chance = chances(found, cells, n_experts)
     if "logits" in trace.recorded and "logits" in other.recorded:
+        n = len(found.here)
         kl = np.full(n, np.nan)
         za, zb = taken(trace.logits(layer), matched.first), taken(other.logits(layer), matched.second)
         for part in chunks(n, n_experts):
@@ -207,12 +194,6 @@ def compare_layer(
             kl[part] = divergence(p, q)
         columns["router_kl"] = kl
     return columns, chance
-
-
-def taken(values: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The rows of these tokens; no copy where they are all the rows in their order, as for two runs of one corpus."""
-    whole = len(tokens) == len(values) and bool((tokens == np.arange(len(tokens))).all())
-    return values if whole else values[tokens]
 
 
 def divergence(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from plotly.graph_objects import Figure
 
 from workbench import figures
 from workbench.analysis.counting import count, entropy, shares, sizes, sort_into_cells, sum_by
+from workbench.analysis.group_heatmap import group_heatmap
 from workbench.analysis.resampling import bootstrap_sums, text_interval
 from workbench.tracefile import Trace
 
@@ -85,9 +86,14 @@ def measure(counts: np.ndarray, dead_below: float) -> dict[str, np.ndarray]:
 
 
 def figure(frame: pd.DataFrame) -> Figure:
-    """A panel a measure: its value by layer with the interval, a line a group."""
+    """A panel a measure: its value by layer with the interval, a line a group.
+
+    Many groups become rows of a heatmap of the first measure, least even on top.
+    """
     shown = [name for name in MEASURES if name in set(frame["measure"])]
     groups = figures.ordered(frame["group"].unique())
+    if len(groups) > figures.MOST_LINES:
+        return group_heatmap(frame[frame["measure"] == shown[0]], MEASURES[shown[0]], ascending=True)
     result = figures.panels([MEASURES[name] for name in shown], columns=len(shown), height=190, legend=len(groups) > 1)
     for place, name in enumerate(shown):
         for group in groups:

@@ -22,13 +22,15 @@ A capacity is **worth it** (column `worth`) if it is the policy's smallest that 
 of everything resident, while holding less than everything. The interval is that of the hit rate.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
 
 from workbench import figures
 from workbench.analysis.cache import REAL, STYLES, cache
-from workbench.analysis.counting import experts_of
 from workbench.errors import InputError
 from workbench.tracefile import Trace
 
@@ -76,27 +78,54 @@ def cache_speed(
     resident); worth, fits (bool); scope, accesses (a token), bytes_per_expert, bandwidth, latency_us, overlap, target,
     batch, n_tokens, n_texts. NaN where `cache` has no hit rate.
     """
-    for name, value, above in (
-        ("bytes_per_expert", bytes_per_expert, True), ("hidden", hidden, True), ("intermediate", intermediate, True),
-        ("bytes_per_parameter", bytes_per_parameter, True), ("bandwidth", bandwidth, True),
-        ("memory_bandwidth", memory_bandwidth, True), ("memory_gb", memory_gb, True), ("target", target, True),
-        ("latency_us", latency_us, False), ("compute_ms", compute_ms, False), ("overlap", overlap, False),
-    ):  # fmt: skip
-        if value is not None and not (value > 0 or (value == 0 and not above)):
-            raise InputError(f"{name} is {value}; expected a number {'above' if above else 'of at least'} 0.")
-    for name, value in (("overlap", overlap), ("target", target)):
-        if value > 1:
-            raise InputError(f"{name} is {value}; expected at most 1.")
+    check_hardware(
+        bytes_per_expert=bytes_per_expert, hidden=hidden, intermediate=intermediate,
+        bytes_per_parameter=bytes_per_parameter, bandwidth=bandwidth, memory_bandwidth=memory_bandwidth,
+        memory_gb=memory_gb, target=target, latency_us=latency_us, compute_ms=compute_ms, overlap=overlap,
+    )  # fmt: skip
     size, rest = sizes(trace, bytes_per_expert, hidden, intermediate, bytes_per_parameter, compute_ms is None)
     found = cache(
         trace, policies=policies, access=access, scope=scope, batch=batch, keep=keep, window=window,
         n_resamples=n_resamples, seed=seed,
     )  # fmt: skip
+    return speeds(
+        found, trace.layers["n_experts"].tolist(), bytes_per_expert=size, other_bytes=rest, bandwidth=bandwidth,
+        latency_us=latency_us, compute_ms=compute_ms, memory_bandwidth=memory_bandwidth, overlap=overlap,
+        memory_gb=memory_gb, target=target,
+    )  # fmt: skip
+
+
+def speeds(
+    found: pd.DataFrame,
+    n_experts: Sequence[int],
+    *,
+    bytes_per_expert: float,
+    other_bytes: float = 0.0,
+    bandwidth: float = 25.0,
+    latency_us: float = 10.0,
+    compute_ms: float | None = None,
+    memory_bandwidth: float = 1000.0,
+    overlap: float = 0.0,
+    memory_gb: float | None = None,
+    target: float = 0.5,
+) -> pd.DataFrame:
+    """What the hit rates of a table of `cache` mean in tokens a second: arithmetic, the trace isn't read.
+
+    found        what `cache` returned; its rows of all layers together count
+    n_experts    of each layer
+    bytes_per_expert, other_bytes   bytes of an expert, and of the other parameters that a token reads
+    The other options, and the columns: as in `cache_speed`. InputError for a number that is out of range.
+    """
+    check_hardware(
+        bytes_per_expert=bytes_per_expert, bandwidth=bandwidth, memory_bandwidth=memory_bandwidth, memory_gb=memory_gb,
+        target=target, latency_us=latency_us, compute_ms=compute_ms, overlap=overlap, other_bytes=other_bytes,
+    )  # fmt: skip
     found = found[found["layer"].isna()].reset_index(drop=True)
-    accesses = found["accesses"].to_numpy(float) / max(trace.n_tokens, 1)
+    accesses = found["accesses"].to_numpy(float) / np.maximum(found["n_tokens"].to_numpy(), 1)
     rate, low, high = (found[name].to_numpy(float) for name in ("hit_rate", "low", "high"))
+    size, batch, scope = float(bytes_per_expert), int(found["batch"].iloc[0]), str(found["scope"].iloc[0])
     if compute_ms is None:
-        compute = (accesses * size + rest / batch) / (memory_bandwidth * GIGA) * 1e3
+        compute = (accesses * size + other_bytes / batch) / (memory_bandwidth * GIGA) * 1e3
     else:
         compute = np.full(len(found), float(compute_ms))
     each = (size / (bandwidth * GIGA) + latency_us * 1e-6) * 1e3  # milliseconds a load
@@ -109,8 +138,8 @@ def cache_speed(
     loads = accesses * (1 - rate)
     resident, without = speed(0 * accesses), speed(accesses)
     held = found["capacity"].to_numpy()
-    if scope == "layer":  # a layer with fewer experts than that holds them all
-        held = sum((np.minimum(held, experts_of(trace, layer)) for layer in range(trace.n_layers)), 0 * held)
+    if scope != "global":  # a layer with fewer experts than that holds them all
+        held = sum((np.minimum(held, n) for n in n_experts), 0 * held)
     frame = pd.DataFrame(
         {
             "policy": found["policy"], "capacity": found["capacity"], "n_experts": found["n_experts"],
@@ -126,10 +155,45 @@ def cache_speed(
     frame["worth"] = frame.index.isin(enough.groupby("policy")["capacity"].idxmin())
     frame["fits"] = True if memory_gb is None else frame["memory_gb"] <= memory_gb
     return frame.assign(
-        scope=scope, accesses=accesses, bytes_per_expert=size, bandwidth=float(bandwidth), latency_us=float(latency_us),
-        overlap=float(overlap), target=float(target), batch=batch, n_tokens=found["n_tokens"],
-        n_texts=found["n_texts"],
+        scope="global" if scope == "global" else "layer", accesses=accesses, bytes_per_expert=size,
+        bandwidth=float(bandwidth), latency_us=float(latency_us), overlap=float(overlap), target=float(target),
+        batch=batch, n_tokens=found["n_tokens"], n_texts=found["n_texts"],
     )  # fmt: skip
+
+
+def what_if(frame: pd.DataFrame, policy: str, capacity: int) -> dict[str, float]:
+    """One cache of a table of `speeds`, beside everything resident and no cache at all.
+
+    Returns the row's hit_rate, low, high, loads, memory_gb, transfer_ms, compute_ms, tokens_per_second, speed_low,
+    speed_high, speedup and of_resident, and resident, without: tokens a second with everything resident and without a
+    cache (NaN where the row has no hit rate). InputError where the table has no such policy or capacity.
+    """
+    rows = frame[frame["policy"] == policy]
+    if rows.empty:
+        raise InputError(f"policy is {policy!r}; the table has {', '.join(frame['policy'].unique())}.")
+    rows = rows[rows["capacity"] == capacity]
+    if rows.empty:
+        known = frame["capacity"]
+        raise InputError(f"capacity is {capacity}; the table has {known.min()} to {known.max()}.")
+    row = rows.iloc[0]
+    names = (
+        "hit_rate", "low", "high", "loads", "memory_gb", "transfer_ms", "compute_ms", "tokens_per_second", "speed_low",
+        "speed_high", "speedup", "of_resident",
+    )  # fmt: skip
+    speed = float(row["tokens_per_second"])
+    ends = {"resident": speed / row["of_resident"], "without": speed / row["speedup"]}
+    return {name: float(value) for name, value in ({name: row[name] for name in names} | ends).items()}
+
+
+def check_hardware(**given: float | None) -> None:
+    """Refuse numbers that hardware and models don't have; None is not given."""
+    for name, value in given.items():
+        above = name not in ("latency_us", "compute_ms", "overlap", "other_bytes")
+        if value is not None and not (value > 0 or (value == 0 and not above)):
+            raise InputError(f"{name} is {value}; expected a number {'above' if above else 'of at least'} 0.")
+    for name in ("overlap", "target"):
+        if (value := given[name]) is not None and value > 1:
+            raise InputError(f"{name} is {value}; expected at most 1.")
 
 
 def sizes(
@@ -152,11 +216,18 @@ def sizes(
         facts = describe(model, revision=revision if isinstance(revision, str) else None, local=True)
     except InputError as error:
         raise InputError(f"the size of an expert of {model!r} isn't known ({error}): {ask}.") from None
-    n_experts = sum(experts_of(trace, layer) for layer in range(trace.n_layers))
-    each = facts["expert_parameters"] / max(n_experts, 1)
-    used = sum(each * int(k) for k in trace.layers["top_k"])
-    rest = max(facts["active_parameters"] - used, 0.0) if with_rest else 0.0
-    return each * bytes_per_parameter, rest * bytes_per_parameter
+    each, rest = parameters(facts, trace.layers)
+    return each * bytes_per_parameter, rest * bytes_per_parameter if with_rest else 0.0
+
+
+def parameters(facts: Mapping[str, Any], layers: pd.DataFrame) -> tuple[float, float]:
+    """Parameters of an expert, and the others that a token reads.
+
+    facts   of `workbench.models.describe`: expert_parameters (of all experts) and active_parameters
+    layers  of the trace: n_experts and top_k of each
+    """
+    each = facts["expert_parameters"] / max(int(layers["n_experts"].sum()), 1)
+    return each, max(facts["active_parameters"] - each * int(layers["top_k"].sum()), 0.0)
 
 
 def figure(frame: pd.DataFrame) -> Figure:
@@ -213,6 +284,19 @@ def amount(gigabytes: float) -> str:
 def rounded(number: float) -> str:
     """Three digits, without an exponent."""
     return f"{float(f'{number:.3g}'):,.6g}"
+
+
+def marked(frame: pd.DataFrame, policy: str, capacity: int) -> Figure:
+    """The figure, with a diamond on one cache: a policy and a capacity."""
+    result = figure(frame)
+    row = frame[(frame["policy"] == policy) & (frame["capacity"] == capacity)]
+    result.add_scatter(
+        x=row["memory_gb"] * memory_unit(frame["memory_gb"].max())[0], y=row["tokens_per_second"], mode="markers",
+        name="this cache", hoverinfo="skip",
+        marker={"size": 13, "symbol": "diamond", "color": STYLES[policy].colour,
+                "line": {"width": 2, "color": figures.INK}},
+    )  # fmt: skip
+    return result
 
 
 def findings(frame: pd.DataFrame) -> list[str]:

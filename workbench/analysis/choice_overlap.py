@@ -1,18 +1,65 @@
 """Two choices of experts for the same token, compared: measures of each token, and what chance alone would give."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numba
 import numpy as np
 
-from workbench.analysis.counting import Cells
+from workbench.analysis.counting import Cells, experts_of
+from workbench.analysis.matching import Matched
 from workbench.analysis.token_means import ratio
 from workbench.routing import NO_EXPERT
+from workbench.tracefile import Trace
+
+
+class Choices(NamedTuple):
+    """What two runs chose for each matched token in one layer.
+
+    here, there  uint16 (n, k)  experts, NO_EXPERT where there is none
+    columns      measures of each token, float64 (n,), NaN where neither run chose an expert: overlap, exact_match,
+                 top1_match, and with weights in both runs weight_difference and weight_shift
+    sizes        (n, 2)  number of experts in each run
+    first        (n, 2)  the first expert in each run
+    hashes       uint64 (n, 2)  the same for the same set
+    """
+
+    here: np.ndarray
+    there: np.ndarray
+    columns: dict[str, np.ndarray]
+    sizes: np.ndarray
+    first: np.ndarray
+    hashes: np.ndarray
+
+
+def choices(trace: Trace, other: Trace, layer: int, matched: Matched) -> Choices:
+    """The choices of both runs for the matched tokens in one layer, compared token by token."""
+    a, b = taken(trace.experts(layer), matched.first), taken(other.experts(layer), matched.second)
+    weighted = "weights" in trace.recorded and "weights" in other.recorded
+    wa = wb = np.zeros((1, 1), np.float32)
+    if weighted:
+        wa, wb = taken(trace.weights(layer), matched.first), taken(other.weights(layer), matched.second)
+    n = len(a)
+    marks = np.random.default_rng(0).integers(1, 1 << 62, experts_of(trace, layer)).astype(np.uint64)
+    overlap, exact, top1, difference, shift = (np.full(n, np.nan) for _ in range(5))
+    sizes, first = np.zeros((n, 2), np.uint8 if a.shape[1] < 256 else np.uint16), np.full((n, 2), NO_EXPERT)
+    hashes = np.zeros((n, 2), np.uint64)
+    compare(a, b, wa, wb, weighted, marks, overlap, exact, top1, difference, shift, sizes, first, hashes)
+    columns = {"overlap": overlap, "exact_match": exact, "top1_match": top1}
+    if weighted:
+        columns |= {"weight_difference": difference, "weight_shift": shift}
+    return Choices(a, b, columns, sizes, first, hashes)
+
+
+def taken(values: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The rows of these tokens; no copy where they are all the rows in their order, as for two runs of one corpus."""
+    whole = len(tokens) == len(values) and bool((tokens == np.arange(len(tokens))).all())
+    return values if whole else values[tokens]
 
 
 @numba.njit(cache=True, nogil=True)
 def compare(a, b, wa, wb, weighted, marks, overlap, exact, top1, difference, shift, sizes, first, hashes):
-    """Fill in the measures of each token; the other arrays' rows are tokens, as in `compare_layer`.
+    """Fill in the measures of each token; the other arrays' rows are tokens, as in `choices`.
 
     A hash is the sum of the marks of a set's experts: the same for the same set, in whatever order.
     """
@@ -68,20 +115,13 @@ def compare(a, b, wa, wb, weighted, marks, overlap, exact, top1, difference, shi
                     shift[token] = l1 / (sum_a + sum_b)
 
 
-def chances(
-    a: np.ndarray,
-    b: np.ndarray,
-    sizes: np.ndarray,
-    first: np.ndarray,
-    hashes: np.ndarray,
-    columns: dict[str, np.ndarray],
-    cells: Cells,
-    n_experts: int,
-) -> dict[str, np.ndarray]:
-    """Mean of each measure of CHOICES over all pairs of one token here and a different token there of the same group.
+def chances(found: Choices, cells: Cells, n_experts: int) -> dict[str, np.ndarray]:
+    """Mean of each measure of sets over all pairs of one token here and a different token there of the same group.
 
-    Pairs in which neither has an expert are left out. float64 (n_groups,) a measure, NaN where there is no pair.
+    The measures: overlap, exact_match, top1_match. Pairs in which neither has an expert are left out. float64
+    (n_groups,) a measure, NaN where there is no pair.
     """
+    a, b, columns, sizes, first, hashes = found
     n_groups = len(cells.labels)
     used = (cells.of_token >= 0) & (sizes.max(axis=1) > 0)
     group = np.full(len(a), -1)

@@ -15,6 +15,11 @@ from workbench.analysis.counting import count, shares, sizes, sort_into_cells, s
 from workbench.analysis.resampling import bootstrap_sums, text_interval
 from workbench.tracefile import Trace
 
+MOST_LAYERS = 6
+"""Layers that the figure shows where there are groups."""
+FEW_ROWS = 24
+"""More rows of layers and groups than this are drawn lower."""
+
 
 def load(trace: Trace, by: str | None = None, *, n_resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Share of assignments of each expert, by group if asked for.
@@ -57,8 +62,13 @@ def load(trace: Trace, by: str | None = None, *, n_resamples: int = 1000, seed: 
 
 
 def figure(frame: pd.DataFrame) -> Figure:
-    """A row a layer (and group), a column a rank of load; the colour is the load, on a logarithmic scale."""
+    """A row a layer (and group), a column a rank of load; the colour is the load, on a logarithmic scale.
+
+    Of groups only some layers are shown, in lower rows.
+    """
     grouped = frame["group"].nunique() > 1
+    if grouped:
+        frame = frame[frame["layer"].isin(figures.spread(frame["layer"], MOST_LAYERS))]
     rows, names = [], []
     for (group, layer), part in frame.groupby(["group", "layer"], sort=False):
         rows.append(part.sort_values("share", ascending=False, ignore_index=True))
@@ -69,7 +79,7 @@ def figure(frame: pd.DataFrame) -> Figure:
         padded = [np.pad(row[column].to_numpy(float), (0, width - len(row)), constant_values=np.nan) for row in rows]
         return np.array(padded)
 
-    result = figures.panels([""], height=26 * max(len(rows), 6))
+    result = figures.panels([""], height=(8 if grouped and len(rows) > FEW_ROWS else 26) * max(len(rows), 6))
     result.add_trace(
         figures.ratios(
             grid("load"),

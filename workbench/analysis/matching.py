@@ -73,6 +73,11 @@ def other_run(trace: Trace, other: Trace | str | None) -> Trace:
     )
 
 
+def name_of(other: Trace, trace: Trace) -> str:
+    """What to call the other run: its name, and of another file that file's name before it."""
+    return other.run if other.path == trace.path else f"{other.path.name}#{other.run}"
+
+
 def need_same_layers(trace: Trace, other: Trace) -> None:
     """Refuse runs whose layers or experts can't be told to be the same."""
     sizes = [run.layers["n_experts"].tolist() for run in (trace, other)]

@@ -229,7 +229,14 @@ def effective(
     """Number of independent tokens that the tokens of each id are worth: float64 (n_ids,), 1 to n_tokens."""
     kept = np.flatnonzero(code >= 0)
     hit = (experts[kept] == expert[code[kept]][:, None].astype(experts.dtype)).any(axis=1)
-    hits = np.bincount(pairs["of_token"][kept][hit], minlength=len(pairs["id"]))
+    return worth(np.bincount(pairs["of_token"][kept][hit], minlength=len(pairs["id"])), value, n_tokens, pairs)
+
+
+def worth(hits: np.ndarray, value: np.ndarray, n_tokens: np.ndarray, pairs: dict[str, np.ndarray]) -> np.ndarray:
+    """`effective` where it is known how many tokens of each pair of id and text chose the id's expert: hits (n_pairs,).
+
+    value (n_ids,) is their part of the id's tokens.
+    """
     owner, size, n_texts = pairs["id"], pairs["size"], pairs["n_texts"]
     n_ids = len(n_tokens)
     rate = np.nan_to_num(value)

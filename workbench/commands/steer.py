@@ -3,7 +3,7 @@
 import json
 import sys
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -84,7 +84,7 @@ def generate(
     compare = compare or control is not None
     if compare and edited is None:
         raise InputError("nothing to compare with: give --recipe, or an edit such as --ablate 3:5.")
-    from workbench import generation
+    from workbench import continuations, generation
     from workbench.models import load
 
     loaded = load(model, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -101,38 +101,18 @@ def generate(
         print(file=sys.stdout if not as_json else sys.stderr)
         raise typer.Exit(130) from None
     if as_json:
-        facts = {"model": model, "prompt": prompt, **options, "recipe": None if edited is None else to_json(edited)}
-        texts = {name: _facts(one) for name, one in found.items()}
-        print(json.dumps(facts | texts | {"differences": _differences(found)}, indent=2))
+        given = None if edited is None else to_json(edited)
+        print(json.dumps(continuations.result(model, prompt, options, given, found), indent=2))
     elif compare:
         _print_compared(found)
     else:
         print()
 
 
-def _facts(one: "Generated") -> dict[str, Any]:
-    """What JSON says of a continuation."""
-    names = ("token_id", "token", "text", "probability")
-    tokens = [{name: getattr(step, name) for name in names} for step in one.steps]
-    return {"text": one.text, "ended": one.ended, "touched": one.touched, "prompt": one.prompt, "tokens": tokens}
-
-
-def _differences(found: "dict[str, Generated]") -> dict[str, dict[str, Any] | None]:
-    """Where each continuation first differs from the plain one, and what stands there; None where there is nothing."""
-    from workbench.generation import first_difference
-
-    def token(one: "Generated", at: int) -> str | None:
-        return one.steps[at].token if at < len(one.steps) else None
-
-    differ: dict[str, dict[str, Any] | None] = {}
-    for name, one in found.items():
-        at = first_difference(found["plain"], one) if "plain" in found else None
-        differ[name] = None if at is None else {"at": at, "plain": token(found["plain"], at), "token": token(one, at)}
-    return {name: one for name, one in differ.items() if name != "plain"}
-
-
 def _print_compared(found: "dict[str, Generated]") -> None:
-    differences = _differences(found)
+    from workbench import continuations
+
+    differences = continuations.differences(found)
     marks = {**differences, "plain": differences["steered"]}
     for name, one in found.items():
         mark = marks[name]

@@ -1,0 +1,157 @@
+"""Ways across pages, and traces that are growing, missing, or something else, in a browser."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoint
+import process
+import pytest
+from browser import finished, no_errors, screenshot, serving, settled, visit
+
+from workbench.schema import create
+
+PAGES = {
+    "overview": "Overview", "tokens": "Tokens", "experts": "Experts", "specialisation": "Specialisation",
+    "languages": "Languages", "consistency": "Consistency and cache", "structure": "Structure", "compare": "Compare",
+    "query": "Query", "steer": "Steer",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(demo_trace):
+    with serving(demo_trace, "--model", "demo") as one:
+        yield one
+
+
+def test_the_check_can_fail(browse, server, chrome):
+    """An error on the page, one in the console, and a request to another machine are all seen."""
+    from browser import open_page
+
+    page, complaints = open_page(chrome, server, "/query")
+    page.evaluate(
+        "console.error('told'); fetch('http://example.org/').catch(() => 1); setTimeout(() => {throw Error('thrown')})"
+    )
+    page.wait_for_function("() => performance.getEntriesByType('resource').some((one) => one.name.includes('example'))")
+    settled(page)
+    page.context.close()
+    for part in ("console: told", "error on the page: thrown", "another machine: http://example.org/"):
+        assert any(part in complaint for complaint in complaints), complaints
+
+
+@pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 1920)])
+def test_every_page_opens(browse, server, tmp_path, scheme, width):
+    """By its link in the sidebar; the fixture fails on any error of page or console."""
+    page = browse(server, scheme=scheme, width=width)
+    for name, title in PAGES.items():
+        if name != "overview":
+            visit(page, title)
+        no_errors(page)
+        assert len(page.get_by_test_id("stMain").inner_text()) > 40, name
+        screenshot(page, f"{name}-{scheme}", tmp_path)
+
+
+def test_a_copied_link_restores_the_view(browse, server):
+    """Run, filter and sample of the sidebar, and the page's own choices."""
+    page = browse(server, "/?overview_by=domain")
+    page.get_by_role("textbox", name="Texts").fill("lang=de")
+    page.get_by_role("textbox", name="Texts").press("Enter")
+    finished(page)
+    page.get_by_text("Copy link").click()
+    page.get_by_text("Copied").wait_for()
+    link = page.evaluate("navigator.clipboard.readText()")
+    other = browse(server, link.removeprefix(server.url))
+    assert other.get_by_role("textbox", name="Texts").input_value() == "lang=de"
+    assert other.get_by_role("radio", name="domain").get_attribute("aria-checked") == "true"
+    assert re.search(r"Shown: [\d,]+ of", other.get_by_test_id("stSidebar").inner_text())
+
+
+def test_a_growing_trace(browse, tmp_path):
+    """It opens while another process writes it, says how far it is, and its numbers grow until it is finished."""
+    checkpoint.folder(tmp_path / "model")
+    checkpoint.corpus(tmp_path / "texts.jsonl", n=120, longest=140)
+    path, log = tmp_path / "growing.duckdb", tmp_path / "log"
+    command = (
+        "trace",
+        tmp_path / "model",
+        "--corpus",
+        tmp_path / "texts.jsonl",
+        "--out",
+        path,
+        "--batch-tokens",
+        "512",
+    )
+    writer = process.start(*command, log=log, commit_token_layers=2_000, pause=1.5)
+    try:
+        process.wait_for(path, writer)
+        with serving(path) as server:
+            page = browse(server)
+            page.get_by_text(re.compile(r"Being written: [\d,]+ of [\d,]+ tokens")).wait_for()
+            counts = page.get_by_test_id("stMetricValue").first
+            first = _number(counts.inner_text())
+            shown = "document.querySelector('[data-testid=stMetricValue]').innerText"
+            page.wait_for_function(f"(first) => Number({shown}.replaceAll(',', '')) > first", arg=first)
+            assert process.finish(writer) == 0, log.read_text()
+            page.get_by_text("Being written").wait_for(state="detached")
+            finished(page)
+            assert _number(counts.inner_text()) > first
+            assert "all 40 checks passed" in page.get_by_test_id("stMain").inner_text()
+    finally:
+        writer.kill()
+
+
+def _number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b"", "is empty"),
+        (b"PAR1 or something else, long enough to be read", "not a DuckDB file"),
+        (None, "no such file"),
+    ],
+)
+def test_a_file_that_is_no_trace_is_refused_at_once(tmp_path, content, why):
+    path = tmp_path / "other.duckdb"
+    if content is not None:
+        path.write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "-m", "workbench", "app", str(path), "--no-browser"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_trace_and_no_model(browse):
+    """Every page says what to do."""
+    with serving("--model", "no/such-model") as server:
+        page = browse(server)
+        for name, title in PAGES.items():
+            if name != "overview":
+                visit(page, title)
+            no_errors(page)
+            told = page.get_by_test_id("stMain").inner_text()
+            assert "No trace is open" in told or name in ("steer", "tokens"), name
+            assert "Traceback" not in told
+
+
+def test_a_trace_without_runs(browse, tmp_path):
+    path = tmp_path / "empty.duckdb"
+    create(path)
+    with serving(path) as server:
+        page = browse(server)
+        assert "holds no run yet" in page.get_by_test_id("stMain").inner_text()
+
+
+def test_a_file_that_is_damaged_while_it_is_looked_at(browse, tmp_path, demo_trace):
+    path = tmp_path / "t.duckdb"
+    path.write_bytes(Path(demo_trace).read_bytes())
+    with serving(path) as server:
+        page = browse(server, "/query")
+        path.write_bytes(b"no longer a trace, and long enough to be read as one")
+        visit(page, "Overview")
+        assert "not a trace" in page.get_by_test_id("stApp").inner_text()
