@@ -69,7 +69,9 @@ def _wrong(message: ConsoleMessage) -> list[str]:
     # Opened at /tokens, Streamlit's frontend looks for its server below /tokens first and then where it is.
     url = message.location["url"]
     looking = re.fullmatch(r"/\w+/_stcore/(health|host-config)", urlsplit(url).path) and "404" in message.text
-    if message.type != "error" or looking:
+    # A page that outlives its server asks for it.
+    ended = "ERR_CONNECTION_REFUSED" in message.text or "No response received" in message.text
+    if message.type != "error" or looking or ended:
         return []
     return [f"error in the console: {message.text} ({url})"]
 

@@ -116,13 +116,13 @@ def test_scaled_amounts():
 def test_figure(uneven):
     drawn = grid_figure(uneven, "× even", chosen=(1, 4))
     heatmap = drawn.data[0]
-    assert np.asarray(heatmap.z).shape == (2, 5) and list(heatmap.y) == ["layer 0", "layer 1"]
-    assert heatmap.customdata[1][4].tolist() == [4, 5, 0, 9, 7]
-    (frame,) = drawn.layout.shapes
+    assert np.asarray(heatmap["z"]).shape == (2, 5) and list(heatmap["y"]) == ["layer 0", "layer 1"]
+    assert list(heatmap["customdata"][1][4]) == [4, 5, 0, 9, 7]
+    (frame,) = drawn.layout["shapes"]
     assert (frame.x0, frame.x1, frame.y0, frame.y1) == (3.5, 4.5, 0.5, 1.5)
-    assert not grid_figure(uneven, "nats", "amount", chosen=(1, 9)).layout.shapes
+    assert not grid_figure(uneven, "nats", "amount", chosen=(1, 9)).layout["shapes"]
     sorted_one = grid_figure(uneven, "nats", "amount", by_value=True, each_layer=True, chosen=(0, 1))
-    assert sorted_one.layout.shapes[0].x0 == 1.5  # the one without a value is the last of its layer
+    assert sorted_one.layout["shapes"][0].x0 == 1.5  # the one without a value is the last of its layer
 
 
 def test_figure_of_very_many_experts():
@@ -132,8 +132,8 @@ def test_figure_of_very_many_experts():
         "high": 1.0, "count": 1, "n_experts": n,
     })  # fmt: skip
     drawn = grid_figure(frame, "× even")
-    assert np.asarray(drawn.data[0].z).shape == (60, 512) and drawn.data[0].xgap == 0
-    assert drawn.layout.height < 1500
+    assert np.asarray(drawn.data[0]["z"]).shape == (60, 512) and drawn.data[0]["xgap"] == 0
+    assert drawn.layout["height"] < 1500
 
 
 def test_errors(routed):

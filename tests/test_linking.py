@@ -60,7 +60,7 @@ def two_runs(tmp_path_factory) -> Trace:
 
 def ask(name: str, trace: Trace, **more) -> tuple[pd.DataFrame, go.Figure]:
     function, draw = analysis.find(name)
-    options = {option: 20 for option in ("n_resamples", "n_permutations") if option in function.__kwdefaults__}
+    options = {option: 20 for option in ("n_resamples", "n_permutations") if option in (function.__kwdefaults__ or {})}
     frame = function(trace, **options | ARGUMENTS.get(name, {}) | more)
     return frame, draw(frame)
 

@@ -235,7 +235,7 @@ def test_labels_from_data_stay_text():
         (frame().iloc[:2][["layer", "n"]].assign(layer=[0, 1]), ("lines", "layer", "n", None)),
         (frame()[["lang", "layer", "n"]], ("lines", "layer", "n", "lang")),
         (pd.DataFrame({"layer": [0], "expert": [1], "n": [2]}), ("heatmap", "expert", "layer", "n")),
-        (pd.DataFrame({"a": [0.5], "b": [1]}), ("dots", "a", "b", None)),
+        (pd.DataFrame({"a": [0.5], "b": [1]}), ("dots", "b", "a", None)),
         (pd.DataFrame({"a": ["x"]}), ("histogram", "a", None, None)),
     ],
 )

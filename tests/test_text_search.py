@@ -126,7 +126,7 @@ def test_occurrences_are_all_places_of_a_token(trace: Trace, index: pd.DataFrame
         assert (row.seq, row.pos) == (tokens["seq"][at], tokens["pos"][at])
         assert row.experts == [expert for expert in trace.experts(1)[at].tolist() if expert != NO_EXPERT]
         assert "".join(spelled[row.seq][: row.pos]).endswith(
-            row.before.replace("⟨U+200B⟩", "\u200b").replace("↵", "\n")
+            str(row.before).replace("⟨U+200B⟩", "\u200b").replace("↵", "\n")
         )
         assert row.token == text_search.visible(WORDS[token_id])
         assert row.domain == ["code", "law"][int(str(row.seq)) % 2]

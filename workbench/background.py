@@ -50,6 +50,7 @@ class Asked:
     where      a filter of its sequences (workbench.slicing.where), "" for none
     sample     tokens to draw (workbench.slicing.sample), 0 for all
     model      name of the model, for analyses that look at one
+    started    when the run was started (of two runs both), as text: another one of its name may take its place
     """
 
     name: str
@@ -60,6 +61,7 @@ class Asked:
     where: str = ""
     sample: int = 0
     model: str = ""
+    started: str = ""
 
 
 @dataclass(eq=False)

@@ -50,29 +50,45 @@ def draw(frame: pd.DataFrame, kind: str, x: str, y: str | None = None, colour: s
     return _heatmap(frame, x, y, colour) if kind == "heatmap" else _series(frame, kind, x, y, colour)
 
 
-def suggestion(frame: pd.DataFrame) -> tuple[str, str, str | None, str | None]:
-    """kind, x, y, colour for a table that nobody has chosen them for. InputError if it has no column."""
+def suggestion(frame: pd.DataFrame, kind: str | None = None) -> tuple[str, str, str | None, str | None]:
+    """kind, x, y, colour for a table that nobody has chosen them for. InputError if it has no column.
+
+    kind  None: the one that suits the table
+    """
     if not len(frame.columns):
         raise InputError("The table has no columns to draw.")
     names = [str(name) for name in frame.columns]
     numbers = [name for name in names if _is_number(frame[name])]
+    places = [name for name in numbers if name in ("layer", "expert", "pos", "position", "seq", "rank")]
     labels = [name for name in names if name not in numbers]
-    axes = [name for name in numbers if name in ("layer", "expert", "pos", "position", "seq", "rank")]
-    values = [name for name in numbers if name not in axes]
-    if {"layer", "expert"} <= set(axes) and values:
-        return "heatmap", "expert", "layer", values[0]
-    if axes and values:
-        once = not frame.duplicated(axes[0]).any()
-        groups = (label for label in labels if 1 < frame[label].astype(str).nunique() <= MOST_COLOURS)
-        split = (
-            None if once else next((label for label in groups if not frame.duplicated([axes[0], label]).any()), None)
-        )
-        return ("lines" if once or split else "dots"), axes[0], values[0], split
+    values = [name for name in numbers if name not in places] or numbers
+    value = values[0] if values else None
+    kind = kind or _kind(frame, places, labels, values)
+    axes = [name for name in (*reversed(places), *labels, *numbers) if name != value] or names
+    if kind == "histogram":
+        return kind, str(value or names[0]), None, None
+    if kind == "heatmap":
+        down = next((name for name in ("layer", *axes) if name in axes and name != axes[0]), None)
+        across = next((name for name in axes if name != down), axes[0])
+        return kind, across, down, value
+    x = labels[0] if kind == "bars" and labels else min(places, key=names.index) if places else axes[0]
+    others = [label for label in labels if label != x and 1 < frame[label].astype(str).nunique() <= MOST_COLOURS]
+    apart = (label for label in others if not frame.duplicated([x, label]).any())
+    return kind, x, value, next(apart, None) if frame.duplicated(x).any() else None
+
+
+def _kind(frame: pd.DataFrame, places: list[str], labels: list[str], values: list[str]) -> str:
+    """The chart that suits a table with these columns of places, labels and other numbers."""
+    measured = [name for name in values if name not in places]
+    if {"layer", "expert"} <= set(places) and measured and not frame.duplicated(["layer", "expert"]).any():
+        return "heatmap"
+    if places and measured:
+        x = min(places, key=list(frame.columns).index)
+        groups = [[x], *([x, label] for label in labels)]
+        return "lines" if any(not frame.duplicated(group).any() for group in groups) else "dots"
     if labels and values:
-        return "bars", labels[0], values[-1], labels[1] if len(labels) > 1 else None
-    if len(numbers) > 1:
-        return "dots", numbers[0], numbers[1], None
-    return "histogram", (numbers or names)[0], None, None
+        return "bars"
+    return "dots" if len(values) > 1 else "histogram"
 
 
 def _series(frame: pd.DataFrame, kind: str, x: str, y: str, colour: str | None) -> go.Figure:
@@ -145,7 +161,7 @@ def _histogram(frame: pd.DataFrame, x: str, colour: str | None) -> go.Figure:
             x=places, y=counts, width=widths, name=figures.plain(name), showlegend=colour is not None,
             marker={"color": style.colour}, hovertemplate=f"{_named(x)} %{{x}}<br>%{{y:,}} rows<extra></extra>",
         )  # fmt: skip
-    result.update_xaxes(title=_named(x), **({} if numeric else {"type": "category"}))
+    result.update_xaxes(title=_named(x), type=None if numeric else "category")
     result.update_yaxes(title="rows")
     result.update_layout(barmode="stack", bargap=0.05 if numeric else 0.2)
     return result
@@ -187,5 +203,5 @@ def _named(column: str) -> str:
 
 
 def _is_number(column: pd.Series | Sequence) -> bool:
-    kind = getattr(column, "dtype", None)
+    kind = getattr(column, "dtype", np.dtype(object))
     return pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_bool_dtype(kind)

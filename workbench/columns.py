@@ -115,5 +115,5 @@ def columns(path: str | os.PathLike) -> pd.DataFrame:
     found = found.sort_values("table", key=lambda names: names.map(order), kind="stable", ignore_index=True)
     enum = found["type"].str.startswith("ENUM")
     found.loc[enum, "type"] = "ENUM"
-    meanings = [COLUMNS[row.table].get(row.column, "") for row in found.itertuples()]
+    meanings = [COLUMNS[table].get(column, "") for table, column in found[["table", "column"]].to_numpy().tolist()]
     return found.assign(meaning=meanings)

@@ -345,7 +345,7 @@ _FADING = {
 
 def on_dark(figure: go.Figure) -> go.Figure:
     """A copy for a dark page: transparent, light ink, and colour scales whose neutral end is dark."""
-    scales = {tuple(DIVERGING): DIVERGING_DARK, tuple(SEQUENTIAL): SEQUENTIAL_DARK}
+    scales: dict[tuple, list[str]] = {tuple(DIVERGING): DIVERGING_DARK, tuple(SEQUENTIAL): SEQUENTIAL_DARK}
 
     def swapped(value: Any) -> Any:
         if isinstance(value, str):
@@ -358,7 +358,7 @@ def on_dark(figure: go.Figure) -> go.Figure:
             return {name: swapped(one) for name, one in value.items()}
         if isinstance(value, list | tuple):
             colours = [pair[1] if isinstance(pair, list | tuple) and len(pair) == 2 else pair for pair in value]
-            scale = scales.get(tuple(colours)) if all(isinstance(colour, str) for colour in colours) else None
+            scale = scales.get(tuple(map(str, colours)))
             if scale is not None:
                 return [[at / (len(scale) - 1), colour] for at, colour in enumerate(scale)]
             return [swapped(one) for one in value]

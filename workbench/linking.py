@@ -84,8 +84,9 @@ def clickable(figure: go.Figure) -> go.Figure:
     invisible ones; what was clicked gets a ring.
     """
     result = go.Figure(figure)
-    heatmaps = [trace for trace in result.data if isinstance(trace, go.Heatmap)]
-    n_cells = sum(np.size(trace.z) for trace in heatmaps)
+    traces: list[Any] = list(result.data)
+    heatmaps = [trace for trace in traces if isinstance(trace, go.Heatmap)]
+    n_cells = sum(np.asarray(trace.z).size for trace in heatmaps)
     for trace in heatmaps:
         result.add_trace(marks(trace, rings=n_cells <= MOST_RINGS))
         for side in "xy":
@@ -93,7 +94,7 @@ def clickable(figure: go.Figure) -> go.Figure:
         trace.update(hoverinfo="skip", hovertemplate=None)
     if heatmaps:
         result.update_layout(hoverdistance=-1)  # a large cell is hovered as far as its corners
-    for trace in result.data:
+    for trace in traces:
         if isinstance(trace, go.Scatter) and trace.meta != CELL and trace.hoverinfo != "skip":
             if "markers" not in (trace.mode or ""):
                 trace.update(mode="lines+markers", marker={"size": 6, "opacity": 0})
@@ -102,7 +103,7 @@ def clickable(figure: go.Figure) -> go.Figure:
     return result
 
 
-def marks(heatmap: go.Heatmap, *, rings: bool) -> go.Scatter:
+def marks(heatmap: Any, *, rings: bool) -> go.Scatter:
     """Invisible marks in the middle of a heatmap's known cells, with its hover text."""
     z = np.asarray(heatmap.z, float)
     details = np.empty((*z.shape, 0)) if heatmap.customdata is None else np.asarray(heatmap.customdata)
@@ -119,10 +120,10 @@ def marks(heatmap: go.Heatmap, *, rings: bool) -> go.Scatter:
     )  # fmt: skip
 
 
-def hold(figure: go.Figure, heatmap: go.Heatmap, side: str) -> None:
+def hold(figure: go.Figure, heatmap: Any, side: str) -> None:
     """Fix the range of a heatmap's axis, around which marks would make room."""
     name = heatmap[f"{side}axis"] or side
-    axis = figure.layout[f"{side}axis{name[1:]}"]
+    axis: Any = figure.layout[f"{side}axis{name[1:]}"]
     places = [number(value) for value in heatmap[side]]
     known = [value for value in places if value is not None]
     if axis.type == "category" or len(known) < len(places):
@@ -161,10 +162,11 @@ def value_at(trace: Any, key: str, at: int | tuple[int, ...]) -> list[Any]:
 def panel_title(figure: go.Figure, trace: Any) -> str:
     """The title of the panel that a trace is drawn in, "" if it has none: the annotation above its middle."""
     axes = [getattr(trace, side, None) or side[0] for side in ("xaxis", "yaxis")]
-    x, y = (figure.layout[f"{axis[0]}axis{axis[1:]}"].domain for axis in axes)
+    layout: Any = figure.layout
+    x, y = (layout[f"{axis[0]}axis{axis[1:]}"].domain for axis in axes)
     if x is None or y is None:
         return ""
-    for note in figure.layout.annotations:
+    for note in layout.annotations:
         above = note.xref == "paper" and note.yref == "paper" and note.yanchor == "bottom" and note.text
         if above and abs(note.x - (x[0] + x[1]) / 2) < 1e-6 and abs(note.y - y[1]) < 1e-6:
             return str(note.text)

@@ -9,6 +9,7 @@ import copy
 import json
 import os
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,15 @@ class Trace:
             self.layers: pd.DataFrame = con.execute(
                 "SELECT * EXCLUDE (run) FROM layers WHERE run = ? ORDER BY layer", [self.run]
             ).df()
-            (recorded,) = con.execute("SELECT recorded FROM runs WHERE run = ?", [self.run]).fetchall()[0]
+            recorded, started = con.execute("SELECT recorded, started FROM runs WHERE run = ?", [self.run]).fetchall()[
+                0
+            ]
             query = "SELECT seq, n_tokens FROM sequences WHERE run = ? ORDER BY seq"
             found = con.execute(query, [self.run]).fetchnumpy()
         self.recorded: frozenset[str] = frozenset(recorded)
         """What the run recorded, of `workbench.schema.RECORDABLE`."""
+        self.started: datetime = started
+        """When it was begun, which tells it apart from another run of the same name in a file of the same name."""
         self._part = False
         self._index(found["seq"], found["n_tokens"])
 

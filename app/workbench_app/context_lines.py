@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import streamlit as st
+import streamlit.components.v2 as components
 
 from workbench.reading import visible
 
 here = Path(__file__).parent
-_component = st.components.v2.component(
+_component = components.component(
     "workbench_context_lines",
     html='<div class="contexts" role="list"></div>',
     css=(here / "context_lines.css").read_text(encoding="utf-8"),

@@ -99,6 +99,7 @@ def write_link() -> bool:
 def _read(given: str) -> list[tuple[AnyIntervention, bool]]:
     try:
         values: Any = json.loads(given)
+        json.dumps(values, ensure_ascii=False).encode()  # half of a pair of characters can't be shown
         switched = [bool(value.pop("on", True)) for value in values]
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise InputError(f"{PARAMETER} in the link is {given[:80]!r}; expected a list of interventions.") from None

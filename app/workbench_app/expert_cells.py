@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import streamlit as st
+import streamlit.components.v2 as components
 
 from workbench import expert_grid, figures
 from workbench.expert_grid import Metric
@@ -14,7 +15,7 @@ from workbench.expert_grid import Metric
 EMPTY, STEPS = 255, 254
 """Codes of colours: EMPTY where there is no value, else 0 to STEPS."""
 here = Path(__file__).parent
-_component = st.components.v2.component(
+_component = components.component(
     "workbench_expert_cells",
     html="""
 <div class="cells"><div class="legend"><span class="unit"></span><span class="bar"></span></div>

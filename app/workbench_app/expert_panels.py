@@ -162,7 +162,7 @@ def favourites(trace: Trace, layer: int, expert: int) -> None:
     )
     if mine.empty:
         return
-    shown = mine.assign(text=[visible(text) if isinstance(text, str) else None for text in mine["text"]])
+    shown = mine.assign(text=mine["text"].map(visible, na_action="ignore"))
     columns = ["text", "value", "low", "high", "chance", "q", "count", "n_tokens", "n_texts", "token_id"]
     percent = st.column_config.NumberColumn(format="percent")
     panel.table(

@@ -191,7 +191,7 @@ def token_part(trace: Trace, layer: int, expert: int) -> None:
             help="Token ids that occur less often among the tokens looked at are left out: little is known of them.",
         )  # fmt: skip
     frame = one_expert.tokens(trace, layer, expert, int(minimum))
-    shown = frame.assign(text=[None if not isinstance(text, str) else visible(text) for text in frame["text"]])
+    shown = frame.assign(text=frame["text"].map(visible, na_action="ignore"))
 
     def narrow() -> None:
         rows = st.session_state["experts-tokens"]["selection"]["rows"]

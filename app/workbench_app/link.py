@@ -1,6 +1,14 @@
-"""The button that copies the link to what is shown: the state of every widget is in the URL."""
+"""The link to what is shown: the state of every widget is in the URL, and a button copies it."""
+
+import math
+import re
 
 import streamlit as st
+import streamlit.components.v2 as components
+
+TEXTS = ("tokens_search", "tokens_text", "steer_prompt")
+"""Parameters that may be any words."""
+NUMBER = re.compile(r"[-+]?(\d[\d.]*(e[-+]?\d+)?|inf|infinity)", re.IGNORECASE | re.ASCII)
 
 JS = """
 export default function ({ parentElement }) {
@@ -20,12 +28,36 @@ button {
 }
 button:hover, button:focus-visible { border-color: var(--st-primary-color); color: var(--st-primary-color); }
 """
-_copy = st.components.v2.component(
+_copy = components.component(
     "workbench_copy_link",
     html='<button type="button" title="Copy the address of this view">Copy link</button>',
     css=CSS,
     js=JS,
 )
+
+
+def follow() -> None:
+    """When a link is opened, take from it what no widget can hold: Streamlit fails on an empty choice and on infinity.
+
+    Whatever else is wrong, Streamlit and the pages leave aside.
+    """
+    if st.session_state.setdefault("link_followed", False):
+        return
+    st.session_state["link_followed"] = True
+    given = st.query_params.to_dict()
+    wrong = [name for name, value in given.items() if not value or (name not in TEXTS and infinite(value))]
+    if wrong:
+        for name in wrong:
+            del st.query_params[name]
+        st.rerun()  # widgets take their values from the parameters that a run began with
+
+
+def infinite(text: str) -> bool:
+    """Whether a text is a number, and one that is too large."""
+    try:
+        return NUMBER.fullmatch(text.strip()) is not None and math.isinf(float(text))
+    except ValueError:
+        return False
 
 
 def copy_button() -> None:

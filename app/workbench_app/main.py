@@ -4,7 +4,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from workbench_app import messages, poll, view
+from workbench_app import link, messages, poll, view
 
 # Section -> file of the page -> title and icon.
 PAGES = {
@@ -36,6 +36,7 @@ page = st.navigation(
     }
 )
 poll.begin()
+link.follow()
 with messages.guarded():
     view.sidebar()
 with messages.guarded():

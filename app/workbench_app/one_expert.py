@@ -71,10 +71,9 @@ def labels(trace: Trace, by: str) -> list[str]:
     return _labels(_part(), by, trace)
 
 
-def _part() -> tuple[str, str, int, str, int]:
+def _part() -> tuple[view.Version, str, int]:
     """What tells apart the texts that the sidebar can mean."""
-    found = view.whole()
-    return str(found.path), found.run, found.n_tokens, view.where(), view.tokens()
+    return view.version(view.whole()), view.where(), view.tokens()
 
 
 @st.cache_resource(max_entries=3, show_spinner="Reading the tokens …")

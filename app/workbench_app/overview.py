@@ -1,5 +1,6 @@
 """Overview: the runs of the file, the model, the texts, how even the load is, and whether anything is wrong."""
 
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -33,7 +34,7 @@ def head() -> None:
         column.metric(name, value)
     poll.done("overview-head")
     if known["status"] == "running":
-        with poll.waiting("overview-head"):
+        with poll.waiting("overview-head", lambda: False):
             st.caption("The run is being written: the numbers grow.")
 
 
@@ -82,7 +83,8 @@ def model_card() -> None:
         ("shared experts", _values(layers["n_shared"])),
         ("gating", _values(layers["gating"])),
     ]
-    described, why = (None, "") if not known["model"] else parameters(str(known["model"]), known["revision"])
+    ask = partial(parameters, str(known["model"]), known["revision"])
+    described, why = ask() if known["model"] else (None, "")
     if described is not None:
         total, active = int(described["parameters"]), int(described["active_parameters"])
         rows += [
@@ -93,7 +95,7 @@ def model_card() -> None:
     facts(rows)
     poll.done("overview-model")
     if why is None:
-        with poll.waiting("overview-model"):
+        with poll.waiting("overview-model", lambda: ask()[1] is not None):
             st.caption("Counting parameters …")
     elif why:
         st.caption(messages.text(why))
@@ -103,7 +105,7 @@ def model_card() -> None:
         panel.table(layers, "layers")
 
 
-def parameters(model: str, revision: str | None) -> tuple[dict[str, Any] | None, str | None]:
+def parameters(model: str, revision: str | None) -> tuple[dict[Any, Any] | None, str | None]:
     """What `workbench.models.describe` says of a checkpoint on this machine, or why there is nothing; None: not yet."""
     arguments = (("revision", revision),) if revision else ()
     answer = view.workers().ask(Asked("describe", arguments, model=model))
@@ -231,7 +233,7 @@ def problems() -> None:
 def checking(answer: Answer) -> None:
     """Progress, and a button that cancels."""
     done, of = answer.progress
-    with poll.waiting("overview-problems"):
+    with poll.waiting("overview-problems", lambda: answer.done):
         st.progress(done / of, f"{answer.seconds:.0f} s: check {done} of {of}", width="stretch")
         st.button("Cancel", key="overview_cancel", icon=":material/close:", on_click=answer.cancel)
 

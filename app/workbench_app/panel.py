@@ -16,7 +16,9 @@ import streamlit as st
 from workbench import analysis as analyses
 from workbench import figures, linking, report
 from workbench.analysis.counting import MOST_GROUPS
+from workbench.analysis.matching import other_run
 from workbench.background import Answer, Asked
+from workbench.errors import InputError
 from workbench.export import save_table
 from workbench.questions import Question
 from workbench_app import messages, poll, view
@@ -122,12 +124,21 @@ def _panel(question: Question, name: str, fixed: Collection[str]) -> None:
 
 
 def asking(name: str, arguments: dict[str, Any]) -> Asked:
-    """A question about what the sidebar means."""
+    """A question about what the sidebar means. InputError where that has no tokens."""
     pairs = tuple(sorted(arguments.items()))
     if analyses.subject(analyses.find(name)[0]) == "model":
         return Asked(name, pairs, model=str(view.model_name()))
     found = view.whole()
-    return Asked(name, pairs, str(found.path), found.run, found.n_tokens, view.where(), view.tokens())
+    if not view.trace().n_tokens:
+        raise InputError(
+            "the texts that are looked at have no tokens: loosen the filter in the sidebar, or wait until some are "
+            "traced."
+        )
+    path, run, n_tokens, started = view.version(found)
+    if "other" in arguments:  # a run that may grow or be replaced, too
+        other = view.version(other_run(found, arguments["other"]))
+        started = f"{started}, the other {other[3]}, {other[2]} tokens"
+    return Asked(name, pairs, path, run, n_tokens, view.where(), view.tokens(), started=started)
 
 
 def answered(asked: Asked, question: Question, name: str) -> None:
@@ -156,7 +167,7 @@ def finished(asked: Asked, name: str) -> Answer | None:
     if answer.done:
         return answer
     done, layers = answer.progress
-    with poll.waiting(name):
+    with poll.waiting(name, lambda: answer.done):
         text = f"layer {done} of {layers}" if layers and done else "starting"
         st.progress(done / layers if layers else 0.0, f"{answer.seconds:.0f} s: {text}", width="stretch")
         st.button("Cancel", key=f"cancel-{name}", icon=":material/close:", on_click=answer.cancel)
@@ -252,11 +263,11 @@ def widget(option: str, hint: Any, default: Any, key: str, explained: str | None
 def groupings() -> list[str]:
     """Columns that texts or tokens can be grouped by."""
     found = view.whole()
-    return _groupings(str(found.path), found.run, found.n_tokens)
+    return _groupings(view.version(found))
 
 
 @st.cache_data(max_entries=16, show_spinner=False)
-def _groupings(path: str, run: str, n_tokens: int) -> list[str]:
+def _groupings(version: view.Version) -> list[str]:
     sequences = view.whole().sequences()
     plain = [name for name in sequences.columns if name not in ("seq", "sha256", "n_prompt", "n_tokens", "segment_id")]
     return [*(name for name in plain if 0 < sequences[name].astype(str).nunique() <= MOST_GROUPS), "phase", "position"]

@@ -1,10 +1,14 @@
-"""Fragments that wait for something are drawn again and again, and only they, until they no longer wait.
+"""A page on which something waits is drawn again when that is there, and now and then to show how far it is.
 
-One timer for the page does it. `st.fragment(run_every=…)` would go on until the whole page is drawn anew, and timers of
-several fragments that tick at once would take each other's turns.
+One timer for the page asks, in a fragment of its own. Timers of several fragments that tick at once would take each
+other's turns, and a callback that asks for some fragments only would swallow a click that reaches the server with it.
 """
 
+import time
+from collections.abc import Callable
+
 import streamlit as st
+import streamlit.components.v2 as components
 from streamlit.delta_generator import DeltaGenerator
 
 JS = """
@@ -21,41 +25,42 @@ export default function ({ setTriggerValue }) {
       asked = Date.now();
       setTriggerValue("tick", asked);
     }
-  }, 400);
+  }, 300);
   return () => { clearInterval(timer); answered.disconnect(); };
 }
 """
 STYLE = '<style>[data-stale="true"] { opacity: 1 !important; }</style>'
 """What is drawn again stays as it is until then: Streamlit would dim the page at each tick."""
-_timer = st.components.v2.component("workbench_poll", js=JS)
+EACH = 1.5
+"""Seconds after which a page that waits is drawn again, to show how far it is."""
+_timer = components.component("workbench_poll", js=JS)
 
 
 def begin() -> None:
     """Nothing waits yet: called before a page is drawn."""
-    st.session_state["waiting"] = set()
+    st.session_state["waiting"] = {}
+    st.session_state["drawn"] = time.monotonic()
 
 
-def waiting(fragment: str) -> DeltaGenerator:
-    """Says that the fragment of this key, which calls it, has to be drawn again; a container for what it shows till then.
+def waiting(name: str, ready: Callable[[], bool]) -> DeltaGenerator:
+    """Says that what is called this waits until it is ready.
 
-    What is in the container isn't empty: the timer looks for it on the page.
+    Returns a container for what it shows meanwhile. Something has to be in it: the timer looks for it on the page.
     """
-    st.session_state["waiting"].add(fragment)
-    return st.container(key=f"waiting-{fragment}", horizontal=True, vertical_alignment="center")
+    st.session_state["waiting"][name] = ready
+    return st.container(key=f"waiting-{name}", horizontal=True, vertical_alignment="center")
 
 
-def done(fragment: str) -> None:
-    """Says that the fragment of this key no longer waits."""
-    st.session_state["waiting"].discard(fragment)
+def done(name: str) -> None:
+    """Says that it no longer waits."""
+    st.session_state["waiting"].pop(name, None)
 
 
+@st.fragment
 def timer() -> None:
     """The timer, drawn after the page."""
     st.html(STYLE)
-    _timer(key="poll", height="content", on_tick_change=_tick)
-
-
-def _tick() -> None:
-    waiting = st.session_state.get("waiting")
-    if waiting:
-        st.rerun(sorted(waiting))
+    _timer(key="poll", height="content", on_tick_change=lambda: None)
+    waits = st.session_state["waiting"].values()
+    if waits and (any(ready() for ready in waits) or time.monotonic() - st.session_state["drawn"] > EACH):
+        st.rerun()

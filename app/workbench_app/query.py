@@ -15,7 +15,7 @@ LONGEST_LINK = 4_000
 AT_ONCE = 0.3
 """Seconds to wait for an answer before its progress is shown."""
 STYLE = "<style>.st-key-query_editor textarea { font-family: var(--st-code-font, monospace); }</style>"
-CHART = ("query_kind", "query_x", "query_y", "query_colour")
+CHART = ("query_kind", *(f"query_{kind}_{axis}" for kind in charts.KINDS for axis in ("x", "y", "colour")))
 """Keys of what a chart shows."""
 
 
@@ -120,7 +120,7 @@ def result() -> None:
         answer = worker().ask(asked)
         answer.wait(AT_ONCE)
     if not answer.done:
-        with poll.waiting("query-result"):
+        with poll.waiting("query-result", lambda: answer.done):
             st.progress(min(0.95, answer.seconds / 60), f"{answer.seconds:.0f} s: the query runs", width="stretch")
             st.button("Cancel", key="query_cancel", icon=":material/close:", on_click=answer.cancel)
         return
@@ -146,14 +146,15 @@ def show(frame: pd.DataFrame) -> None:
 
 def chart(frame: pd.DataFrame) -> None:
     """The chart that was chosen, at first one that suits the table."""
-    kind, x, y, colour = charts.suggestion(frame)
-    names = list(map(str, frame.columns))
+    frame = frame.set_axis(list(map(str, frame.columns)), axis=1)
+    names = list(frame.columns)
     with st.container(horizontal=True):
-        kind = choice("Chart", list(charts.KINDS), kind, "query_kind")
-        x = choice("x", names, x, "query_x")
-        y = None if kind == "histogram" else choice("y", names, y, "query_y")
-        colour = choice("colour", [None, *names], colour, "query_colour")
-    panel.figure(charts.draw(frame.set_axis(names, axis=1), kind, x, y, colour), "query-chart")
+        kind = choice("Chart", list(charts.KINDS), charts.suggestion(frame)[0], "query_kind")
+        _, x, y, colour = charts.suggestion(frame, kind)
+        x = choice("x", names, x, f"query_{kind}_x")
+        y = None if kind == "histogram" else choice("y", names, y, f"query_{kind}_y")
+        colour = choice("colour", [None, *names], colour, f"query_{kind}_colour")
+    panel.figure(charts.draw(frame, kind, x, y, colour), "query-chart")
 
 
 def choice(label: str, options: list, default: Any, key: str) -> Any:

@@ -56,7 +56,7 @@ def task() -> Sequence[Question]:
     """Which texts are the task."""
     table = sequences()
     known = table.groupby("domain")["lang"].nunique() if {"domain", "lang"} <= set(table) else table.iloc[:0]
-    if not len(known) or known.max() < 2:
+    if int(known.max() if len(known) else 0) < 2:
         st.info(
             "Task experts take texts of one task in several languages: a corpus with `domain` and `lang`, such as "
             "`workbench trace MODEL --corpus demo`.",

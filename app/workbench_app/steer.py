@@ -14,6 +14,8 @@ from workbench_app import builder, draft, messages, steered, view
 PROMPT = "The treaty was signed"
 IN_LINK = 2000
 """Characters of a prompt that still fit into the link."""
+LARGEST_SEED = 2**31 - 1
+"""Of the seeds that the page takes."""
 CANDIDATES = 30
 """Likeliest tokens of each continuation whose probabilities are kept at every step."""
 
@@ -69,7 +71,7 @@ def question() -> None:
         help="0 takes the likeliest token, else tokens are drawn, with the same random numbers in all texts.",
     )  # fmt: skip
     seed.number_input(
-        "Seed", 0, 2**31 - 1, 0, key="steer_seed", bind="query-params",
+        "Seed", 0, LARGEST_SEED, 0, key="steer_seed", bind="query-params",
         help="Of drawn tokens, and of the control's experts.",
     )  # fmt: skip
     with st.container(horizontal=True, gap="medium"):
@@ -181,7 +183,9 @@ def upload(key: str, model: dict[str, Any] | None) -> None:
 
 def _json(raw: bytes, name: str) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        found = json.loads(raw.decode("utf-8"))
+        json.dumps(found, ensure_ascii=False).encode()  # half of a pair of characters can't be shown
+        return found
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error}); expected a recipe, as `workbench find` writes it.") from error
 
@@ -194,9 +198,10 @@ def _restore(found: dict[str, Any]) -> None:
     }  # fmt: skip
     try:
         values = {key: kind(found[name]) for key, (name, kind) in wanted.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"the result has no usable {error}; expected what the Steer page saves.") from None
-    if not (1 <= values["steer_max"] <= 4096 and 0 <= values["steer_temperature"] <= 10 and values["steer_seed"] >= 0):
+    most, temperature, seed = (values[key] for key in ("steer_max", "steer_temperature", "steer_seed"))
+    if not (1 <= most <= 4096 and 0 <= temperature <= 10 and 0 <= seed <= LARGEST_SEED):
         raise InputError("the result's settings are out of range; expected what the Steer page saves.")
     st.session_state.update(values, steer_control="control" in found)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamlit.components.v2 import component
+import streamlit.components.v2 as components
 
 from workbench.continuations import differences, differing
 from workbench.reading import visible
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 TITLES = {"plain": "Plain", "steered": "Steered", "control": "Control: random experts"}
 ENDS = {"end": "ended by the model", "length": "as long as asked for", "stopped": "stopped"}
-_show = component(
+_show = components.component(
     "workbench_streams",
     html='<div class="streams" role="group" aria-label="Continuations"></div>',
     css=(HERE / "streams.css").read_text(),

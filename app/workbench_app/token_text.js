@@ -47,8 +47,8 @@ class View {
     return span ? this.data.start + span.at : null;
   }
 
-  update(data, setStateValue) {
-    this.setStateValue = setStateValue;
+  update(data, send) {
+    this.send = send;
     const fresh = !this.data || this.data.key !== data.key;
     this.data = data;
     if (fresh) {
@@ -134,7 +134,7 @@ class View {
         button.title = `Expert ${expert}: ${count} tokens of this text. Click to put it forward.`;
         button.setAttribute("aria-pressed", String(this.data.only === expert));
         button.append(make("small", "", `×${count}`));
-        button.onclick = () => this.setStateValue("only", this.data.only === expert ? null : expert);
+        button.onclick = () => this.send("only", { at: this.data.only === expert ? null : expert });
         parts.push(button);
       }
       if (legend.more) parts.push(make("span", "", `and ${legend.more} more`));
@@ -177,7 +177,7 @@ class View {
     this.mark(at, true);
     this.sent = at;
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.setStateValue("pin", at), wait);
+    this.timer = setTimeout(() => this.send("pin", { at }), wait);
   }
 
   key(event) {
@@ -298,10 +298,11 @@ class View {
   }
 }
 
-export default function ({ parentElement, data, setStateValue }) {
+// Triggers, not state: the server hears of a choice even if it is the one that this component made last.
+export default function ({ parentElement, data, setTriggerValue }) {
   const root = parentElement.querySelector(".tokens");
   if (!VIEWS.has(root)) VIEWS.set(root, new View(root));
   const view = VIEWS.get(root);
-  view.update(data, setStateValue);
+  view.update(data, setTriggerValue);
   return () => view.hide();
 }

@@ -54,7 +54,8 @@ def token_text(
     pin               place of the pinned token in the text
     only              the expert that is put forward: tokens of others fade
     numbers           write the value of each token below it
-    on_pin, on_only   called when the user chose another: st.session_state[key]["pin"], ["only"], None for none
+    on_pin, on_only   called when the user chose another: st.session_state[key]["pin"]["at"] or ["only"]["at"], None for
+                      none
     """
     first = PAGE * part
     shown = slice(first, min(first + PAGE, len(text)))

@@ -48,7 +48,7 @@ def choose() -> tuple[Reading, Trace | None] | None:
 
 def of_trace() -> tuple[Reading, Trace] | None:
     trace = view.whole()
-    index = searched(str(trace.path), trace.run, trace.n_tokens, view.where())
+    index = searched(view.version(trace), view.where())
     options = text_search.choices(index)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         words = st.text_input(
@@ -65,12 +65,14 @@ def of_trace() -> tuple[Reading, Trace] | None:
     found, seqs = text_search.search(
         index, words, limit=FOUND, **{name: value for name, value in where.items() if value != ALL}
     )
-    if not seqs:
+    if not trace.n_sequences:
+        st.info("The run has no texts yet: they are listed here as they are traced.", icon=":material/hourglass:")
+    elif not seqs:
         st.info("No text meets the search. Take fewer words, or another language or domain.", icon=":material/search:")
     seq = which(found, seqs)
     if seq is None:
         return None
-    pieces = pieces_of(str(trace.path), trace.run, trace.n_tokens, seq)
+    pieces = pieces_of(view.version(trace), seq)
     if len(pieces) > 1:
         label = f"The whole text ({len(pieces)} pieces)"
         whole = st.toggle(
@@ -78,7 +80,7 @@ def of_trace() -> tuple[Reading, Trace] | None:
             help="The text was longer than a sequence and was traced in pieces, each without what stands before it.",
         )  # fmt: skip
         pieces = pieces if whole else [seq]
-    return read(str(trace.path), trace.run, trace.n_tokens, tuple(pieces)), trace
+    return read(view.version(trace), tuple(pieces)), trace
 
 
 def narrowed(column: str, values: list[str], key: str = "") -> str:
@@ -139,26 +141,26 @@ def unpin() -> None:
 
 
 @st.cache_resource(max_entries=4, show_spinner="Reading the texts …")
-def _index(path: str, run: str, n_tokens: int) -> pd.DataFrame:
+def _index(version: view.Version) -> pd.DataFrame:
     return text_search.texts(view.whole())
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
-def searched(path: str, run: str, n_tokens: int, where: str) -> pd.DataFrame:
+def searched(version: view.Version, where: str) -> pd.DataFrame:
     """The texts that a search looks through: those that the sidebar's filter leaves."""
-    index = _index(path, run, n_tokens)
+    index = _index(version)
     if not where.strip():
         return index
     return index[index["seq"].isin(slicing.where(view.whole(), where).sequences()["seq"])].reset_index(drop=True)
 
 
 @st.cache_data(max_entries=256, show_spinner=False)
-def pieces_of(path: str, run: str, n_tokens: int, seq: int) -> list[int]:
+def pieces_of(version: view.Version, seq: int) -> list[int]:
     return reading.pieces_of(view.whole(), seq)
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
-def read(path: str, run: str, n_tokens: int, seqs: tuple[int, ...]) -> Reading:
+def read(version: view.Version, seqs: tuple[int, ...]) -> Reading:
     return reading.read(view.whole(), seqs)
 
 
@@ -179,11 +181,15 @@ def typed() -> tuple[Reading, None] | None:
         )  # fmt: skip
         go = st.button("Trace", type="primary", icon=":material/play_arrow:", key="tokens_go")
     share(text)
-    place = st.container()
+    place = st.empty()
     asked = (str(name), text, length)
     if go or linked:
-        with place, st.container(horizontal=True, vertical_alignment="center"):
-            trace_now(asked)
+        try:
+            with place.container(horizontal=True, vertical_alignment="center"):
+                trace_now(asked)
+        except InputError:
+            place.empty()
+            raise
     done = st.session_state.get("tokens_traced")
     if done is None:
         st.info(f"Press Trace: {messages.text(name)} reads the text, and its routing is shown here.")
@@ -301,7 +307,8 @@ def coloured_by(text: Reading, trace: Trace | None) -> tuple[np.ndarray, str, in
         agreement = other = None
         if kind == "agreement" and trace is not None:
             other = st.selectbox("Other run", others, key="tokens_other", bind="query-params", width=260)
-            agreement = agreeing(str(trace.path), trace.run, trace.n_tokens, tuple(text.sequences["seq"]), other, text)
+            there = other_run(trace, other)
+            agreement = agreeing(view.version(trace), view.version(there), tuple(text.sequences["seq"]), text, there)
         st.toggle(
             "Numbers", key="tokens_numbers", bind="query-params",
             help="Write the value below each token: no palette has a colour for every expert that everyone can tell "
@@ -326,19 +333,20 @@ def definition(kind: str) -> str:
 
 
 @st.cache_resource(max_entries=32, show_spinner="Comparing the runs …")
-def agreeing(path: str, run: str, n_tokens: int, seqs: tuple[int, ...], other: str, _text: Reading) -> np.ndarray:
-    trace = view.whole()
-    return token_agreement.agreement(trace, _text, other_run(trace, other))
+def agreeing(
+    version: view.Version, other: view.Version, seqs: tuple[int, ...], _text: Reading, _there: Trace
+) -> np.ndarray:
+    return token_agreement.agreement(view.whole(), _text, _there)
 
 
 def putting_forward(values: np.ndarray) -> int | None:
     """The expert whose tokens stand out: a click on the legend chooses it."""
     given = st.query_params.get("tokens_only", "")
-    return int(given) if given.isdigit() and (values == int(given)).any() else None
+    return int(given) if given.isdecimal() and (values == int(given)).any() else None
 
 
 def on_only() -> None:
-    only = st.session_state["tokens_view"].get("only")
+    only = st.session_state["tokens_view"]["only"]["at"]
     if only is None:
         st.query_params.pop("tokens_only", None)
     else:
@@ -346,7 +354,7 @@ def on_only() -> None:
 
 
 def on_pin() -> None:
-    pin = st.session_state["tokens_view"].get("pin")
+    pin = st.session_state["tokens_view"]["pin"]["at"]
     st.session_state["tokens_pin"] = None if pin is None else int(pin)
     if pin is not None:
         st.session_state["tokens_part"] = int(pin) // PAGE + 1
@@ -395,7 +403,7 @@ def across(text: Reading, pin: int) -> None:
 
 def elsewhere(text: Reading, trace: Trace, pin: int, layer: int) -> None:
     token_id = int(text.token_ids[pin])
-    index = searched(str(trace.path), trace.run, trace.n_tokens, view.where())
+    index = searched(view.version(trace), view.where())
     besides = (int(text.seq[pin]), int(text.pos[pin]))
     found, n = text_search.occurrences(trace, index, token_id, layer, besides=besides)
     if not n:

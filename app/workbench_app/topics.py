@@ -46,11 +46,11 @@ def show(page: str, topics: Sequence[Topic]) -> None:
 def sequences() -> pd.DataFrame:
     """The texts of the run with their metadata."""
     found = view.whole()
-    return _sequences(str(found.path), found.run, found.n_tokens)
+    return _sequences(view.version(found))
 
 
 @st.cache_data(max_entries=4, show_spinner=False)
-def _sequences(path: str, run: str, n_tokens: int) -> pd.DataFrame:  # n_tokens: a run that has grown is another
+def _sequences(version: view.Version) -> pd.DataFrame:
     return view.whole().sequences()
 
 

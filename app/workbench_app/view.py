@@ -22,6 +22,8 @@ SAMPLES = {20_000: "20 k tokens", 50_000: "50 k tokens", 200_000: "200 k tokens"
 SAMPLE = 50_000
 GROWTH = 1.1
 """A run that is being written is looked at anew when it has grown by this factor."""
+Version = tuple[str, str, int, str]
+"""See `version`."""
 
 
 def file() -> Path | None:
@@ -88,25 +90,32 @@ def whole() -> Trace:
     name = run()
     facts = runs()[name]
     shown = st.session_state.setdefault("snapshots", {})
-    if name not in shown or facts["status"] != "running" or facts["tokens"] > GROWTH * shown[name]:
-        shown[name] = facts["tokens"]
-    return _trace(str(file()), name, shown[name])
+    one = name, facts["started"]
+    if one not in shown or facts["status"] != "running" or facts["tokens"] > GROWTH * shown[one]:
+        shown[one] = facts["tokens"]
+    return _trace((str(file()), name, shown[one], str(facts["started"])))
+
+
+def version(trace: Trace) -> Version:
+    """What answers about a trace are kept by: path, run, its tokens (a run may grow) and when it was started (another
+    run may take its place)."""
+    return str(trace.path), trace.run, trace.n_tokens, str(trace.started)
 
 
 def trace() -> Trace:
     """The texts of the run that the sidebar means. InputError for a wrong filter."""
     found = whole()
-    return _part(str(found.path), found.run, found.n_tokens, where(), tokens())
+    return _part(version(found), where(), tokens())
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
-def _trace(path: str, run: str, n_tokens: int) -> Trace:  # n_tokens: a run that has grown is another one
-    return Trace(path, run)
+def _trace(version: Version) -> Trace:
+    return Trace(version[0], version[1])
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
-def _part(path: str, run: str, n_tokens: int, where: str, sample: int) -> Trace:
-    return background.part(_trace(path, run, n_tokens), where, sample)
+def _part(version: Version, where: str, sample: int) -> Trace:
+    return background.part(_trace(version), where, sample)
 
 
 @st.cache_resource(show_spinner=False)
@@ -190,6 +199,6 @@ def growth() -> None:
         st.progress(min(1.0, facts["tokens"] / planned), text)
     else:
         st.caption(text)
-    seen = st.session_state.get("snapshots", {}).get(run(), facts["tokens"])
+    seen = st.session_state.get("snapshots", {}).get((run(), facts["started"]), facts["tokens"])
     if facts["status"] != "running" or facts["tokens"] > GROWTH * seen:
         st.rerun()

@@ -69,7 +69,7 @@ def test_twins_are_found(example):
     own = analysis.similar_experts(example[0], 0, 0, layers=(0,))
     pd.testing.assert_frame_equal(own, frame[frame["other_layer"] == 0].reset_index(drop=True))
     assert "is expert" in findings(frame)[0] and "the same tokens" in findings(frame)[0]
-    assert len(figure(frame).data[0].y) == 12
+    assert len(figure(frame).data[0]["y"]) == 12
 
 
 def test_pairs_on_one_token(tmp_path):

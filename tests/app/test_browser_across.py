@@ -3,14 +3,20 @@
 import re
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
-import checkpoint
-import process
+import numpy as np
 import pytest
 from browser import finished, no_errors, screenshot, serving, settled, visit
 
+from workbench import transaction
+from workbench.bench.generated import Generated
+from workbench.bench.made_up_trace import block, word
 from workbench.schema import create
+from workbench.store import Writer
+from workbench.tracefile import Trace
 
 PAGES = {
     "overview": "Overview", "tokens": "Tokens", "experts": "Experts", "specialisation": "Specialisation",
@@ -67,42 +73,39 @@ def test_a_copied_link_restores_the_view(browse, server):
     assert re.search(r"Shown: [\d,]+ of", other.get_by_test_id("stSidebar").inner_text())
 
 
-def test_a_growing_trace(browse, tmp_path):
-    """It opens while another process writes it, says how far it is, and its numbers grow until it is finished."""
-    checkpoint.folder(tmp_path / "model")
-    checkpoint.corpus(tmp_path / "texts.jsonl", n=120, longest=140)
-    path, log = tmp_path / "growing.duckdb", tmp_path / "log"
-    command = (
-        "trace",
-        tmp_path / "model",
-        "--corpus",
-        tmp_path / "texts.jsonl",
-        "--out",
-        path,
-        "--batch-tokens",
-        "512",
-    )
-    writer = process.start(*command, log=log, commit_token_layers=2_000, pause=1.5)
-    try:
-        process.wait_for(path, writer)
-        with serving(path) as server:
-            page = browse(server)
-            page.get_by_text(re.compile(r"Being written: [\d,]+ of [\d,]+ tokens")).wait_for()
-            counts = page.get_by_test_id("stMetricValue").first
-            first = _number(counts.inner_text())
-            shown = "document.querySelector('[data-testid=stMetricValue]').innerText"
-            page.wait_for_function(f"(first) => Number({shown}.replaceAll(',', '')) > first", arg=first)
-            assert process.finish(writer) == 0, log.read_text()
-            page.get_by_text("Being written").wait_for(state="detached")
-            finished(page)
-            assert _number(counts.inner_text()) > first
-            assert "all 40 checks passed" in page.get_by_test_id("stMain").inner_text()
-    finally:
-        writer.kill()
+def test_a_growing_trace(browse, tmp_path, monkeypatch):
+    """It opens while it is written, says how far it is, and its numbers grow until it is finished."""
+    monkeypatch.setattr(transaction, "COMMIT_TOKEN_LAYERS", 0)  # every block at once
+    path, source = tmp_path / "growing.duckdb", Generated(4_000, n_layers=2, length=100)
+    ids, random = [source.experts(layer) for layer in range(2)], np.random.default_rng(0)
+    token_ids = source.token_ids()
+    run = {"run": "growing", "recorded": ["ids", "weights", "entropy", "margin", "profiles"], "model": "made up"}
+    sizes = {"n_experts": 64, "top_k": 8, "n_shared": 0, "gating": "softmax", "stack": "decoder"}
+    layers = [{"name": str(layer), **sizes} for layer in range(2)]
 
+    def write(first: int, last: int) -> None:
+        part = slice(first * 100, last * 100)
+        writer.append(block(source, first, last, token_ids[part], [each[part] for each in ids], random))
+        patience = time.monotonic() + 60
+        while Trace(path).n_tokens < last * 100 and time.monotonic() < patience:
+            time.sleep(0.05)
 
-def _number(text: str) -> int:
-    return int(text.replace(",", ""))
+    with ExitStack() as stack:
+        with Writer(path, run | {"corpus": {"names": ["made up"], "tokens": 4_000}}, layers) as writer:
+            writer.add_vocabulary({int(one): word(int(one)) for one in np.unique(token_ids)})
+            write(0, 10)
+            page = browse(stack.enter_context(serving(path)))
+            page.get_by_text("Being written: 1,000 of 4,000 tokens").wait_for()
+            counted = page.get_by_test_id("stMetricValue").first
+            assert counted.inner_text() == "1,000"
+            screenshot(page, "growing", tmp_path)
+            write(10, 30)
+            page.get_by_text("Being written: 3,000 of 4,000 tokens").wait_for()
+            counted.filter(has_text="3,000").wait_for()
+            write(30, 40)
+        page.get_by_text("all 40 checks passed").wait_for()
+        assert page.get_by_text("of 4,000 tokens").count() == 0
+        assert counted.inner_text() == "4,000"
 
 
 @pytest.mark.parametrize(

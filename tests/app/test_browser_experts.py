@@ -44,7 +44,7 @@ def test_from_the_grid_to_an_expert_and_on(browse, server, demo_trace, tmp_path)
     heading(page, 3, 10).wait_for()
     settled(page)
 
-    button = page.locator(".st-key-table-experts-tokens-3-10 .stDownloadButton button", has_text="CSV")
+    button = page.locator(".st-key-table-experts-tokens-3-10 .stDownloadButton button", has_text="CSV").first
     table = pd.read_csv(download(page, button.click, tmp_path))
     index = expert_profile.token_index(Trace(demo_trace))
     expected = expert_profile.token_table(index, expert_profile.firings(Trace(demo_trace), 3, 10))

@@ -26,14 +26,16 @@ def test_says_what_the_trace_holds(browse, server, demo_trace, tmp_path):
     assert "all 40 checks passed" in main
     assert page.locator(".js-plotly-plot").count() == 3
     screenshot(page, "overview", tmp_path, whole=True)
-    found = download(page, lambda: page.locator(".st-key-table-texts-by-lang button", has_text="CSV").first.click(), tmp_path)
+    button = page.locator(".st-key-table-texts-by-lang button", has_text="CSV").first
+    found = download(page, button.click, tmp_path)
     assert found.name == "texts-by-lang.csv"
     expected = contents(demo_trace, trace.run, "lang")
     pd.testing.assert_frame_equal(pd.read_csv(found), expected, check_dtype=False)
     page.get_by_role("radio", name="domain").click()
     settled(page)
     assert "overview_by=domain" in page.url
-    found = download(page, lambda: page.locator(".st-key-figure-texts-domain button", has_text="SVG").first.click(), tmp_path)
+    button = page.locator(".st-key-figure-texts-domain button", has_text="SVG").first
+    found = download(page, button.click, tmp_path)
     assert found.read_text().startswith("<svg") and "fiction" in found.read_text()
 
 

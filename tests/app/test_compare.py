@@ -64,6 +64,8 @@ def test_nothing_to_compare_with(monkeypatch, tmp_path):
     random_trace(path)
     page = opened(monkeypatch, path, "compare")
     assert "there is no other yet" in said(page) and "--append" in said(page) and not headings(page)
+    page.text_input("compare_file").set_value("x" * 5000)
+    answered(page)
     page.text_input("compare_file").set_value("/nowhere.duckdb")
     answered(page)
     assert "neither a run of this file" in said(page).replace("\\", "")

@@ -1,11 +1,13 @@
 """The Consistency page as a script: the what-if answers at once, and is what the analyses say."""
 
+import numpy as np
 import pytest
 from pages import answered, headings, opened, said
 from routed import random_trace
 
 from workbench.analysis.cache import REAL, cache
 from workbench.analysis.cache_speed import amount, rounded, speeds, what_if
+from workbench.arrays import from_arrays
 from workbench.slicing import sample
 from workbench.tracefile import Trace
 
@@ -80,6 +82,13 @@ def test_unknown_size(monkeypatch, path):
     """The speed analysis asks for a size; the page says so."""
     page = opened(monkeypatch, path, "consistency", consistency_tab="Speed")
     assert "the size of an expert" in said(page).replace("\\", "")
+
+
+@pytest.mark.parametrize(("page", "tab"), [("consistency", "What if"), ("specialisation", "Load"), ("experts", "")])
+def test_a_run_without_a_token(monkeypatch, tmp_path, page, tab):
+    from_arrays(tmp_path / "t.duckdb", np.zeros((0, 2, 2), int), n_experts=4)
+    found = opened(monkeypatch, tmp_path / "t.duckdb", page, **{f"{page}_tab": tab})
+    assert "the texts that are looked at have no tokens" in said(found).replace("\\", "")
 
 
 def test_without_a_trace(monkeypatch):

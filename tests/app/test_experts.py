@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from workbench import expert_profile, slicing
 from workbench.expert_grid import METRICS
 from workbench.interventions import Ablate, Bias, Forbid, Force, Scale
 from workbench.tracefile import Trace
+from workbench_app import view
 
 MAIN = Path(__file__).parents[2] / "app" / "workbench_app" / "main.py"
 HOSTILE = {
@@ -236,6 +238,26 @@ def test_no_groups_and_one_choice_a_token(monkeypatch, tmp_path):
                       sequences=pd.DataFrame({"segment_id": ["s"]}), vocabulary={})  # fmt: skip
     page = opened(monkeypatch, tmp_path / "t.duckdb", experts_minimum="1")
     assert "chooses a single expert" in said(page) and "no vocabulary" in said(page)
+
+
+@pytest.mark.parametrize("wrong", ["", "1e400", "-inf", "9" * 5000, "²", "nan"])
+def test_a_link_with_nonsense(monkeypatch, tmp_path, wrong):
+    routed.random_trace(tmp_path / "t.duckdb")
+    names = ("layer", "expert", "minimum", "more", "which", "metric", "by", "group", "most", "token", "lang")
+    page = opened(monkeypatch, tmp_path / "t.duckdb", **{f"experts_{name}": wrong for name in names})
+    assert page.header[0].value == "Layer 0 · expert 0"
+
+
+def test_a_run_that_took_the_place_of_another(monkeypatch, tmp_path):
+    path = tmp_path / "t.duckdb"
+    for experts, expected in (([0, 0, 1], "2"), ([1, 1, 0], "1")):
+        path.unlink(missing_ok=True)
+        routed.write(path, np.array(experts)[:, None, None], [0, 0, 1], pd.DataFrame({"lang": ["a", "b"]}), 2)
+        view._info.clear()  # it is looked at once a second
+        page = opened(monkeypatch, path)
+        assert page.metric[0].value == expected
+        count = np.frombuffer(base64.b64decode(sent(page, "cells")["count"]), "<f4")
+        assert count[0] == int(expected)
 
 
 def test_without_a_trace(monkeypatch):

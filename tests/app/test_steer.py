@@ -198,7 +198,10 @@ def test_a_link_to_another_model_does_not_load_it(page: AppTest):
     assert len(other.warning) == 1
 
 
-@pytest.mark.parametrize("link", ["[", "{}", "[1]", '[{"kind":"Nope"}]', '[{"kind":"Ablate"}]', "[]]", "<script>"])
+HALF = r'[{"kind":"SetTopK","k":1,"scope":"token~\ud800"}]'
+
+
+@pytest.mark.parametrize("link", ["[", "{}", "[1]", '[{"kind":"Nope"}]', '[{"kind":"Ablate"}]', "[]]", "<b>", HALF])
 def test_a_link_with_a_broken_recipe(page: AppTest, link: str):
     other = opened(steer_recipe=link)
     assert len(other.warning) == 1 and not draft(other)
@@ -304,6 +307,11 @@ def upload(page: AppTest, name: str, content: bytes) -> AppTest:
     return healthy(page.run())
 
 
+SAVED = {
+    "recipe": None, "prompt": "x", "model": "demo", "max_tokens": 4, "temperature": 0.0, "seed": 0, "chat": False,
+}  # fmt: skip
+
+
 def test_opening_a_recipe(page: AppTest):
     file = {
         "format": "moe-workbench recipe", "version": 1,
@@ -316,6 +324,9 @@ def test_opening_a_recipe(page: AppTest):
         (json.dumps(other).encode(), "the recipe is for other"),
         (b"\xff\xfe", "not JSON"),
         (b"{", "not JSON"),
+        (rb'{"recipe": null, "prompt": "\ud800"}', "not JSON"),
+        (json.dumps({**SAVED, "seed": 2**31}).encode(), "out of range"),
+        (json.dumps({**SAVED, "max_tokens": float("inf")}).encode(), "has no usable"),
         (b"[]", "not a recipe"),
         (b'{"recipe": null, "prompt": "x"}', "has no usable"),
     ):

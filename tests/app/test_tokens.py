@@ -14,6 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 from workbench import reading, text_search
 from workbench.tracefile import Trace
+from workbench_app import view
 
 MAIN = Path(__file__).parents[2] / "app" / "workbench_app" / "main.py"
 HOSTILE = {
@@ -115,6 +116,8 @@ def test_the_link_restores_the_view(monkeypatch, demo_trace: Path):
         ({"tokens_seq": "99999"}, "has no sequence 99999"),
         ({"tokens_seq": "abc", "tokens_layer": "77", "tokens_colour": "<script>", "tokens_pin": "-4"}, ""),
         ({"tokens_pin": "100000", "tokens_part": "900", "tokens_only": "x"}, ""),
+        ({"tokens_seq": "1e400", "tokens_pin": "inf", "tokens_part": "9" * 5000, "tokens_only": "²"}, ""),
+        ({"tokens_from": "", "tokens_detail": "", "tokens_colour": ""}, ""),
     ],
 )
 def test_a_wrong_link_is_a_message_or_ignored(monkeypatch, demo_trace: Path, query: dict[str, str], said_: str):
@@ -201,6 +204,15 @@ def test_any_column_narrows_the_search(monkeypatch, hostile: Path):
     assert "no tokens" in said(page).lower()
 
 
+def test_a_run_that_took_the_place_of_another(monkeypatch, tmp_path: Path):
+    path = tmp_path / "t.duckdb"
+    for ids in ([1, 2, 3], [4, 5, 6]):
+        routed.full_trace(path, np.zeros((3, 1, 1), int), n_experts=1, seq=[0] * 3, token_ids=ids, mode="overwrite",
+                          sequences=pd.DataFrame({"lang": ["x"]}), vocabulary={1: "a", 4: "b"})  # fmt: skip
+        view._info.clear()  # it is looked at once a second
+        assert sent(opened(monkeypatch, path))["ids"] == ids
+
+
 def test_without_a_trace_a_text_can_be_typed(monkeypatch):
     page = opened(monkeypatch, None)
     assert "No trace is open" in said(page) and "Press Trace" in said(page)
@@ -234,3 +246,4 @@ def test_a_model_that_fails_to_load_is_a_message(monkeypatch, tmp_path: Path):
     page = opened(monkeypatch, None)
     page.button(key="tokens_go").click().run()
     assert "no such folder" in said(healthy(page)).replace("\\", "")
+    assert not page.get("progress") and not [one for one in page.button if one.key == "tokens_cancel"]

@@ -67,11 +67,11 @@ NAMES = (
 
 __all__ = [
     "affinity", "agreement", "alignment", "arguments", "balance", "bandwidth", "cache", "cache_speed", "coactivation",
-    "consistency", "contrast", "expert_changes", "expert_map", "file", "find", "gate_regression", "group_similarity",
-    "importance", "language_distance", "layer_links", "load", "loss_correlation", "mutual_information", "norm_rank",
-    "partners", "permutation", "placement", "prefetch", "question", "segment_cache", "sensitivity", "similar_experts",
-    "similarity", "specialization", "straggler", "subject", "task_experts", "token_changes", "u_shape", "uncertainty",
-    "vocabulary",
+    "consistency", "contrast", "expert_changes", "expert_map", "expert_values", "file", "find", "gate_regression",
+    "group_similarity", "importance", "language_distance", "layer_links", "load", "loss_correlation",
+    "mutual_information", "norm_rank", "partners", "permutation", "placement", "prefetch", "question",
+    "segment_cache", "sensitivity", "similar_experts", "similarity", "specialization", "straggler", "subject",
+    "task_experts", "token_changes", "u_shape", "uncertainty", "vocabulary",
 ]  # fmt: skip
 
 

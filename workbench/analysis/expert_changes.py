@@ -190,7 +190,7 @@ def findings(frame: pd.DataFrame) -> list[str]:
                     f"{row['high']:+.2%}])."
                 )
     used = known[known[["n_here", "n_there"]].max(axis=1) > 0]
-    least = used.loc[used["kept"].idxmin()]
+    least = used.sort_values("kept").iloc[0]
     sentences.append(
         f"Expert {least['expert']} of layer {least['layer']} kept fewest of its tokens: {least['kept']:.1%}; the "
         f"median expert kept {used['kept'].median():.1%}."

@@ -184,14 +184,14 @@ def findings(frame: pd.DataFrame) -> list[str]:
     if not whole["load"].notna().any():
         return ["No token used any expert."]
     unused = int((whole["count"] == 0).sum())
-    top = whole.loc[whole["load"].idxmax()]
+    top = whole.iloc[int(np.nanargmax(whole["load"]))]
     sentences = [
         f"The busiest expert is number {top['expert']} of layer {top['layer']}, with {top['load']:.1f} times an even "
         f"share; {unused} of {len(whole)} experts are never used."
     ]
     if whole["divergence"].notna().any():
         noun = figures.noun(frame["by"].iloc[0])
-        top = whole.loc[whole["information"].idxmax()]
+        top = whole.iloc[int(np.nanargmax(whole["information"]))]
         sentences.append(
             f"Expert {top['expert']} of layer {top['layer']} tells most about the {noun}: it contributes "
             f"{top['information']:.3f} nats [{top['information_low']:.3f}, {top['information_high']:.3f}] of its "

@@ -5,9 +5,9 @@ the tokens up to the first that differs are compared: what a model generates may
 longer see the same context. A text that occurs several times is matched in the order of occurrence.
 """
 
+import os
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -63,9 +63,9 @@ def other_run(trace: Trace, other: Trace | str | None) -> Trace:
     if other in runs:
         return Trace(trace.path, other)
     path, mark, run = other.rpartition("#")
-    if Path(other).exists():
+    if os.path.exists(other):
         return Trace(other)
-    if mark and Path(path).exists():
+    if mark and os.path.exists(path):
         return Trace(path, run)
     raise InputError(
         f"other is {other!r}: neither a run of this file ({listed}) nor a trace file. Expected the name of a run, a "

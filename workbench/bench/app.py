@@ -37,7 +37,7 @@ from rich.table import Table
 
 from workbench.bench.browsing import PATIENCE, Server, chromium, finished, serving, settled
 from workbench.bench.made_up_trace import made_up_trace
-from workbench.errors import InputError
+from workbench.errors import InputError, RunError
 from workbench.interventions import Ablate
 from workbench.recipe import brief
 
@@ -160,7 +160,7 @@ def computed(page: Page) -> float | None:
 
     try:
         return finished(page)
-    except TimeoutError:
+    except (TimeoutError, RunError):
         return None
 
 
@@ -176,7 +176,7 @@ def measure_interaction(page: Page, act: Act, repeats: int) -> dict[str, Any]:
             shown.append((settled(page) - started) / 1000)
             done = computed(page)
             answered.append(PATIENCE if done is None else (done - started) / 1000)
-    except Error as error:  # the widget isn't there for this trace
+    except (Error, RunError) as error:  # the widget isn't there for this trace, or it takes too long
         return {"failed": str(error).splitlines()[0]}
     return {**summary(shown), "answered": rounded(statistics.median(answered))}
 

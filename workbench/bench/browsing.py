@@ -51,6 +51,15 @@ _QUIET = """
     return !busy && now - window.__quiet >= (polled ? Math.min(silence, 60) : silence) && {since: window.__quiet};
 }
 """
+_BUSY = """
+() => {
+    const ids = [...document.querySelectorAll('[data-testid="stApp"] [data-testid], [data-stale="true"]')]
+        .filter((one) => /Spinner|Skeleton|StatusWidget/.test(one.dataset.testid) || one.dataset.stale === "true")
+        .map((one) => `${one.dataset.testid} in ${one.closest('[class*="st-key-"]')?.className}`);
+    const app = document.querySelector('[data-testid="stApp"]')?.dataset;
+    return `${app?.testScriptState}, ${app?.testConnectionState}, ${ids.slice(0, 5).join("; ")}`;
+}
+"""
 SILENCE = 250
 """Milliseconds; sliders and number fields wait for up to 200 before they tell the server."""
 
@@ -155,9 +164,17 @@ def chromium() -> Iterator[Browser]:
 
 
 def settled(page: Page) -> float:
-    """Wait until the script has run and everything is drawn; since when, in milliseconds of the page's clock."""
+    """Wait until the script has run and everything is drawn; since when, in milliseconds of the page's clock.
+
+    RunError if that takes longer than PATIENCE.
+    """
+    from playwright.sync_api import TimeoutError
+
     page.evaluate("window.__quiet = undefined")  # what was quiet before the last click doesn't count
-    return page.wait_for_function(_QUIET, arg=SILENCE, timeout=PATIENCE * 1000).json_value()["since"]
+    try:
+        return page.wait_for_function(_QUIET, arg=SILENCE, timeout=PATIENCE * 1000).json_value()["since"]
+    except TimeoutError:
+        raise RunError(f"{page.url} did not settle in {PATIENCE:.0f} s: {page.evaluate(_BUSY)}") from None
 
 
 def finished(page: Page) -> float:
@@ -175,13 +192,11 @@ def finished(page: Page) -> float:
 
 def visit(page: Page, title: str) -> float:
     """Go to another page by its link in the sidebar; since when it is there."""
-    page.get_by_test_id("stSidebarNavLink").filter(has_text=title).click()
-    page.wait_for_function(
-        """(title) => [...document.querySelectorAll('[data-testid="stSidebarNavLink"][aria-current="page"]')]
-            .some((link) => link.innerText.includes(title))""",
-        arg=title,
-        timeout=PATIENCE * 1000,
-    )
+    link = page.get_by_test_id("stSidebarNavLink").filter(has_text=title)
+    path = link.evaluate("(link) => new URL(link.href).pathname")
+    link.click()
+    # The address changes when the server has begun with the new page.
+    page.wait_for_function("(path) => location.pathname === path", arg=path, timeout=PATIENCE * 1000)
     return settled(page)
 
 

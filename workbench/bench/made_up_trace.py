@@ -65,10 +65,10 @@ def block(
     n_tokens = n_texts * length
     labels = source.sequences().iloc[first:last]
     rows = [
-        {"seq": row.seq, "n_prompt": length, "n_tokens": length, "lang": row.lang, "domain": row.domain,
-         "source": "made-up", "segment_id": f"text.{row.seq // 2}", "sha256": f"{row.seq:064x}",
-         "metadata": {"topic": TOPICS[row.seq // 2 % len(TOPICS)]}}
-        for row in labels.itertuples()
+        {"seq": seq, "n_prompt": length, "n_tokens": length, "lang": lang, "domain": domain,
+         "source": "made-up", "segment_id": f"text.{seq // 2}", "sha256": f"{seq:064x}",
+         "metadata": {"topic": TOPICS[seq // 2 % len(TOPICS)]}}
+        for seq, lang, domain in labels[["seq", "lang", "domain"]].to_numpy().tolist()
     ]  # fmt: skip
     pos = np.tile(np.arange(length, dtype=np.int32), n_texts)
     nll = random.exponential(3, n_tokens).astype(np.float32)

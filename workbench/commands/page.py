@@ -31,9 +31,7 @@ def app(
     model: Annotated[
         str | None, typer.Option(help="The model to steer: a Hub id, a folder, or `demo`. [default: the traced one]")
     ] = None,
-    port: Annotated[
-        int | None, typer.Option(help="Port on this machine. [default: 8501 or the next free]")
-    ] = None,
+    port: Annotated[int | None, typer.Option(help="Port on this machine. [default: 8501 or the next free]")] = None,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Don't open a browser window.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
