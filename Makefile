@@ -31,8 +31,9 @@ demo-full: setup
 	$(BIN)/workbench trace demo --corpus all $(TRACE) --out demo-full.duckdb --overwrite
 	$(BIN)/workbench report demo-full.duckdb --out demo-full-report.html --overwrite
 
-# The picture in README.md.
+# The pictures in README.md and docs/page.md.
 screenshot: demo browser
+	$(BIN)/python data/pictures.py demo.duckdb docs
 	$$(command -v chromium || command -v google-chrome) --headless --no-sandbox --disable-gpu --hide-scrollbars \
 	  --no-first-run --disable-background-networking --user-data-dir=$$(mktemp -d) --virtual-time-budget=8000 \
 	  --window-size=1280,1480 --screenshot=docs/report.png file://$(CURDIR)/demo-report.html

@@ -94,6 +94,8 @@ def good() -> dict[str, Any]:
         ({"interventions": [{"kind": "Ablate"}]}, "experts is missing"),
         ({"interventions": [{"kind": "Ablate", "experts": [1, 1]}]}, "experts has 1 twice"),
         ({"interventions": [{"kind": "Ablate", "experts": "12"}]}, "expected whole numbers"),
+        ({"interventions": [{"kind": "Ablate", "experts": [float("inf")]}]}, "expected whole numbers"),
+        ({"interventions": [{"kind": "Bias", "experts": [1], "strength": 10**400}]}, "expected a number"),
         ({"interventions": [{"kind": "Ablate", "experts": [1], "scope": 5}]}, "scope is 5; expected text"),
         ({"interventions": [{"kind": "Ablate", "experts": [1], "layer": "3"}]}, "layer is '3'; expected whole numbers"),
         ({"interventions": [{"kind": "Ablate", "experts": [1], "layer": 1.5}]}, "layer is 1.5; expected whole numbers"),

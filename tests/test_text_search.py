@@ -144,3 +144,15 @@ def test_a_run_without_texts_can_be_listed(tmp_path: Path):
     trace = routed.random_trace(tmp_path / "ids.duckdb").trace
     found, seqs = text_search.search(text_search.texts(trace))
     assert len(seqs) == trace.n_sequences and set(found["snippet"]) == {""}
+
+
+def test_metadata_called_like_columns_of_the_search(tmp_path: Path):
+    rows = pd.DataFrame({"text": ["x", "y"], "folded": ["x", "y"], "snippet": ["x", "y"]})
+    trace = routed.full_trace(
+        tmp_path / "t.duckdb", np.zeros((2, 1, 1), int), n_experts=1, seq=[0, 1], sequences=rows, token_ids=[0, 1],
+        vocabulary=dict(enumerate(WORDS)),
+    )  # fmt: skip
+    index = text_search.texts(trace)
+    assert set(text_search.choices(index)) == {"metadata_text", "metadata_folded", "metadata_snippet"}
+    found, seqs = text_search.search(index, "law", metadata_text="y")
+    assert seqs == [1] and found["snippet"].tolist() == ["law"] and found["metadata_snippet"].tolist() == ["y"]

@@ -294,7 +294,8 @@ def groupings(index: TokenIndex, most: int = 256) -> list[str]:
     left_out = ("seq", "sha256", "n_prompt", "n_tokens", "segment_id")
     columns = [str(name) for name in index.sequences.columns if name not in left_out]
     varied = [name for name in columns if 2 <= index.sequences[name].dropna().astype(str).nunique() <= most]
-    return [*varied, "phase", "position", *([CLASS] if index.vocabulary and index.known else [])]
+    others = ["phase", "position", *([CLASS] if index.vocabulary and index.known else [])]
+    return list(dict.fromkeys([*varied, *others]))
 
 
 def group_labels(trace: Trace, index: TokenIndex, by: str) -> list[str]:

@@ -27,7 +27,7 @@ fit a model is refused by `workbench.intervene`.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -319,7 +319,7 @@ def _whole(numbers: Any, name: str) -> tuple[int, ...]:
         raise InputError(f"{name} is empty; expected at least one number.")
     try:
         whole = tuple(int(number) for number in found if int(number) == number and not isinstance(number, bool | str))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         whole = ()
     if len(whole) < len(found):
         raise InputError(f"{name} is {numbers!r}; expected whole numbers.")
@@ -335,7 +335,7 @@ def _one_of(value: Any, known: tuple[str, ...], name: str) -> None:
 
 
 def _finite(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise InputError(f"{name} is {value!r}; expected a number.")
     return value
 

@@ -95,7 +95,7 @@ def clickable(figure: go.Figure) -> go.Figure:
     if heatmaps:
         result.update_layout(hoverdistance=-1)  # a large cell is hovered as far as its corners
     for trace in traces:
-        if isinstance(trace, go.Scatter) and trace.meta != CELL and trace.hoverinfo != "skip":
+        if trace.type == "scatter" and trace.meta != CELL and trace.hoverinfo != "skip":
             if "markers" not in (trace.mode or ""):
                 trace.update(mode="lines+markers", marker={"size": 6, "opacity": 0})
             opacity = 1 if trace.marker.opacity is None else trace.marker.opacity
@@ -106,7 +106,7 @@ def clickable(figure: go.Figure) -> go.Figure:
 def marks(heatmap: Any, *, rings: bool) -> go.Scatter:
     """Invisible marks in the middle of a heatmap's known cells, with its hover text."""
     z = np.asarray(heatmap.z, float)
-    details = np.empty((*z.shape, 0)) if heatmap.customdata is None else np.asarray(heatmap.customdata)
+    details: Any = np.empty((*z.shape, 0)) if heatmap.customdata is None else np.asarray(heatmap.customdata)
     across, up = np.meshgrid(np.arange(z.shape[1]), np.arange(z.shape[0]))
     shown = np.isfinite(z)
     x, y = np.asarray(heatmap.x)[across[shown]], np.asarray(heatmap.y)[up[shown]]

@@ -146,7 +146,7 @@ def labels(sequences: pd.DataFrame, by: str, noun: str, strata: str) -> dict[str
 
 def varies(sequences: pd.DataFrame, by: str, within: str) -> bool:
     """Whether some stratum holds several labels, so that labels can be shuffled inside it."""
-    known = sequences[[by, within]].dropna() if {by, within} <= set(sequences.columns) else pd.DataFrame()
+    known = sequences[[by, within]].dropna().astype(str) if {by, within} <= set(sequences.columns) else pd.DataFrame()
     return len(known) > 0 and bool((known.groupby(within)[by].nunique() > 1).any())
 
 

@@ -22,9 +22,13 @@ NOT_SEARCHED = ("seq", "text", "folded", "sha256", "n_prompt", "n_tokens")
 
 
 def texts(trace: Trace) -> pd.DataFrame:
-    """The table `sequences` with the columns `text`, what the tokens of each spell, and `folded`, that in one case."""
+    """The table `sequences` with the columns `text`, what the tokens of each spell, and `folded`, that in one case.
+
+    Metadata called like a column that a search adds gets the prefix `metadata_`.
+    """
     spelled = ["".join(parts) for _, parts in spelling.texts(trace)]
-    return trace.sequences().assign(text=spelled, folded=[text.casefold() for text in spelled])
+    sequences = trace.sequences().rename(columns={name: f"metadata_{name}" for name in ("text", "folded", "snippet")})
+    return sequences.assign(text=spelled, folded=[text.casefold() for text in spelled])
 
 
 def search(

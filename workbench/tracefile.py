@@ -43,9 +43,8 @@ class Trace:
             self.layers: pd.DataFrame = con.execute(
                 "SELECT * EXCLUDE (run) FROM layers WHERE run = ? ORDER BY layer", [self.run]
             ).df()
-            recorded, started = con.execute("SELECT recorded, started FROM runs WHERE run = ?", [self.run]).fetchall()[
-                0
-            ]
+            query = "SELECT recorded, started FROM runs WHERE run = ?"
+            ((recorded, started),) = con.execute(query, [self.run]).fetchall()
             query = "SELECT seq, n_tokens FROM sequences WHERE run = ? ORDER BY seq"
             found = con.execute(query, [self.run]).fetchnumpy()
         self.recorded: frozenset[str] = frozenset(recorded)

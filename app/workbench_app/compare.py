@@ -47,7 +47,7 @@ def nothing_yet() -> None:
         icon=":material/compare_arrows:",
     )
     st.code(
-        f"{same} --run steered --recipe recipe.yaml {into}\n{same} --run half --dtype float16 {into}",
+        f"{same} --run steered --recipe recipe.json {into}\n{same} --run half --dtype float16 {into}",
         "sh",
         wrap_lines=True,
     )

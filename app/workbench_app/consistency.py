@@ -139,7 +139,7 @@ def sizes() -> Answer | None:
 def said(answer: Answer) -> tuple[float | None, float]:
     """Megabytes of an expert in bfloat16 (None: not known), and bytes of the other parameters that a token reads."""
     try:
-        each, rest = parameters(answer.table().iloc[0].to_dict(), view.whole().layers)
+        each, rest = parameters(answer.table().to_dict("records")[0], view.whole().layers)
     except (InputError, RunError):
         return None, 0.0
     return each * 2 / 1e6, rest * 2

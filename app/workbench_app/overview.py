@@ -170,7 +170,7 @@ def texts() -> None:
         bind="query-params",
         label_visibility="collapsed",
     )
-    frame = counted(str(view.file()), view.run(), by, view.runs()[view.run()]["tokens"])
+    frame = counted(view.version(view.whole()), by)
     if not len(frame):
         st.info("No text has been traced yet.", icon=":material/hourglass_empty:")
         return
@@ -190,9 +190,9 @@ def texts() -> None:
 
 
 @st.cache_data(max_entries=16, show_spinner=False)
-def counted(path: str, run: str, by: str, n_tokens: int) -> pd.DataFrame:  # n_tokens: a run that has grown is another
+def counted(version: view.Version, by: str) -> pd.DataFrame:
     """`workbench.contents.contents`."""
-    return made_of.contents(path, run, by)
+    return made_of.contents(version[0], version[1], by)
 
 
 def problems() -> None:
@@ -201,7 +201,7 @@ def problems() -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         st.subheader("Problems", anchor=False, width="stretch")
         panel.definition(validate.__doc__ or "", "What is checked")
-    asked = Asked("validate", (), str(trace.path), trace.run, trace.n_tokens)
+    asked = Asked("validate", (), str(trace.path), trace.run, trace.n_tokens, started=str(trace.started))
     answer = view.workers().known(asked)
     poll.done("overview-problems")
     if answer is None or answer.cancelled:

@@ -270,7 +270,8 @@ def groupings() -> list[str]:
 def _groupings(version: view.Version) -> list[str]:
     sequences = view.whole().sequences()
     plain = [name for name in sequences.columns if name not in ("seq", "sha256", "n_prompt", "n_tokens", "segment_id")]
-    return [*(name for name in plain if 0 < sequences[name].astype(str).nunique() <= MOST_GROUPS), "phase", "position"]
+    few = [name for name in plain if 0 < sequences[name].dropna().astype(str).nunique() <= MOST_GROUPS]
+    return list(dict.fromkeys([*few, "phase", "position"]))
 
 
 def parameters(text: str) -> dict[str, str]:

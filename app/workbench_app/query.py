@@ -109,8 +109,10 @@ def result() -> None:
     if len(sql) > LONGEST_LINK:
         st.caption(f"This query is longer than {LONGEST_LINK:,} characters: a link to this view won't hold it.")
     query.check(sql)
-    size = sum(one["tokens"] for one in view.runs().values())  # a file that has grown is asked again
-    asked = Asked("query", (("sql", sql), ("times", times)), str(view.file()), n_tokens=size)
+    # A file that has grown, or has other runs, is asked again.
+    known = view.runs().values()
+    size, started = sum(one["tokens"] for one in known), " ".join(str(one["started"]) for one in known)
+    asked = Asked("query", (("sql", sql), ("times", times)), str(view.file()), n_tokens=size, started=started)
     answer = worker().known(asked)
     poll.done("query-result")
     if answer is not None and answer.cancelled:

@@ -55,8 +55,8 @@ def two_filters(by: str) -> Sequence[Question]:
 def task() -> Sequence[Question]:
     """Which texts are the task."""
     table = sequences()
-    known = table.groupby("domain")["lang"].nunique() if {"domain", "lang"} <= set(table) else table.iloc[:0]
-    if int(known.max() if len(known) else 0) < 2:
+    known = table.groupby("domain")["lang"].nunique().to_dict() if {"domain", "lang"} <= set(table) else {}
+    if max(known.values(), default=0) < 2:
         st.info(
             "Task experts take texts of one task in several languages: a corpus with `domain` and `lang`, such as "
             "`workbench trace MODEL --corpus demo`.",
@@ -66,7 +66,7 @@ def task() -> Sequence[Question]:
     left, right, _ = st.columns([1, 1, 2])
     chosen = left.text_input(
         "Task",
-        f"domain={known.idxmax()}",
+        f"domain={max(known, key=known.__getitem__)}",
         key="specialisation_task",
         bind="query-params",
         help="A filter: the texts of the task.",

@@ -1,7 +1,9 @@
 """The Specialisation page as a script: any column, filters, what is fixed by the page, and what can't be asked."""
 
+import numpy as np
+import pandas as pd
 from pages import answered, headings, opened, said
-from routed import random_trace
+from routed import full_trace, random_trace
 
 from workbench.analysis import specialization
 from workbench.slicing import sample
@@ -83,3 +85,16 @@ def test_tasks_take_domains_in_several_languages(monkeypatch, tmp_path, demo_tra
 
 def test_without_a_trace(monkeypatch):
     assert "No trace is open" in said(opened(monkeypatch, None, "specialisation"))
+
+
+def test_metadata_of_any_type(monkeypatch, tmp_path):
+    path = tmp_path / "t.duckdb"
+    rows = pd.DataFrame({"tags": [["a"], ["b"], ["b"], None], "more": [{"x": 1}, {"x": 2}] * 2, "phase": list("pqpq")})
+    full_trace(path, np.arange(8).reshape(8, 1, 1) % 3, n_experts=3, seq=np.repeat(np.arange(4), 2), sequences=rows)
+    page = opened(monkeypatch, path, "specialisation")
+    assert page.selectbox("specialisation_by").options.count("phase") == 1
+    page.selectbox("specialisation_by").select("tags")
+    answered(page)
+    page.selectbox("specialisation_within_tags").select("more")
+    answered(page)
+    assert headings(page) == ["Which experts", "How much, layer by layer"] and not page.warning

@@ -220,7 +220,7 @@ def sizes(
     return each * bytes_per_parameter, rest * bytes_per_parameter if with_rest else 0.0
 
 
-def parameters(facts: Mapping[str, Any], layers: pd.DataFrame) -> tuple[float, float]:
+def parameters(facts: Mapping[Any, Any], layers: pd.DataFrame) -> tuple[float, float]:
     """Parameters of an expert, and the others that a token reads.
 
     facts   of `workbench.models.describe`: expert_parameters (of all experts) and active_parameters

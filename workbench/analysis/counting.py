@@ -70,7 +70,7 @@ def cells_of_labels(
     text = text_codes(sequences)[of_sequence]
     stratum = np.zeros(len(label), np.int64)
     if within is not None:
-        stratum = pd.factorize(column(sequences, within), use_na_sentinel=False)[0][of_sequence]
+        stratum = pd.factorize(column(sequences, within).map(as_label), use_na_sentinel=False)[0][of_sequence]
 
     kept = label >= 0
     key = (label * (text.max(initial=0) + 1) + text) * (stratum.max(initial=0) + 1) + stratum

@@ -51,13 +51,13 @@ PAGES = (
 TARGETS = {"first view": 2.0, "interaction": 0.5, "bytes": 2 * 2**30}
 """Seconds, seconds at the median, and memory of the server: what the page aims at on two cores."""
 
-# A figure, table or drawn text of the page that can be seen, and when it was seen first.
+# A figure, table, drawn text or message of the page that can be seen, and when it was seen first.
 _VISIBLE = """
 () => {
     const main = document.querySelector('[data-testid="stMain"]');
     if (!main) return false;
     const kinds = '.js-plotly-plot .main-svg, [data-testid="stDataFrame"] canvas, [data-testid="stTable"], textarea, '
-        + '[data-testid^="stBidiComponent"]';
+        + '[data-testid^="stBidiComponent"], [data-testid="stAlert"]';
     const seen = [...main.querySelectorAll(kinds)].some((one) => one.getBoundingClientRect().height > 40);
     return seen && {at: performance.now()};
 }
@@ -146,11 +146,12 @@ def measure_page(context: Any, server: Server, name: str, repeats: int) -> dict[
             views.append(seconds)
             computed(page)
     result: dict[str, Any] = {"first": rounded(views[0]), "again": summary(views[1:]), "interactions": {}}
+    print(f"  {name}: first view {result['first']} s, again {result['again']}", file=sys.stderr, flush=True)
     with opened(context, server, name) as (page, _):
         computed(page)
         for what, act in INTERACTIONS.get(name, {}).items():
-            print(f"  {name}: {what}", file=sys.stderr, flush=True)
-            result["interactions"][what] = measure_interaction(page, act, repeats)
+            found = result["interactions"][what] = measure_interaction(page, act, repeats)
+            print(f"  {name}, {what}: {found}", file=sys.stderr, flush=True)
     return result
 
 
