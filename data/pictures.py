@@ -31,10 +31,10 @@ def main(trace: Path, folder: Path) -> None:
             view = browser.new_page(viewport={"width": 1280, "height": height})
             view.goto(f"{server.url}/{page}?{urlencode(parameters)}")
             finished(view)
-            view.wait_for_timeout(3000)  # figures fade in
-            finished(view)
             if page == "steer":
                 view.get_by_role("button", name="Save the result").wait_for()
+            view.wait_for_timeout(3000)  # figures fade in
+            finished(view)
             view.screenshot(path=folder / f"{name}.png", animations="disabled")
             view.close()
 
