@@ -185,7 +185,7 @@ def measure_interaction(page: Page, act: Act, repeats: int) -> dict[str, Any]:
 def steer(context: Any, server: Server, loads: Path, repeats: int) -> dict[str, Any]:
     """Toggle an intervention and generate, again and again: seconds of toggling, and how often the model was loaded."""
     draft = json.dumps([brief(Ablate(layer=0, experts=[0]))])
-    with opened(context, server, "steer", "?" + urlencode({"steer_recipe": draft, "steer_max": 4})) as (page, _):
+    with opened(context, server, "steer", "?" + urlencode({"steer_recipe": draft, "steer_max": 64})) as (page, _):
         generate(page)
         before, seconds = count(loads), []
         for _ in range(repeats):
@@ -204,8 +204,9 @@ def generate(page: Page) -> None:
         prompt.press("Control+Enter")
         settled(page)
     part(page, "steer_go").get_by_role("button").click()
+    page.locator(".st-key-steer_stop button:enabled").wait_for(timeout=PATIENCE * 1000)
+    page.locator(".st-key-steer_go button:enabled").wait_for(timeout=PATIENCE * 1000)
     settled(page)
-    page.locator(".st-key-steer_go button:enabled").wait_for()
 
 
 def count(loads: Path) -> int:
