@@ -46,11 +46,16 @@ lint: setup
 # A process a core, one thread each; a file stays in one process, so that what its tests share is made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
+# A server, a browser and what Streamlit keeps of an app outlive a test file, so each of the page's has its own process.
+PAGES := ls tests/app/test_*.py | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/pytest
+
 test: setup browser lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --ignore=tests/app
+	$(PAGES) -m "not slow"
 
 test-all: setup browser lint
-	$(PYTEST)
+	$(PYTEST) --ignore=tests/app
+	$(PAGES)
 
 format: setup
 	$(BIN)/ruff check --fix .
