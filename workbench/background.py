@@ -238,7 +238,8 @@ class _Watched(Trace):
 
     def _read(self, layer: int, *columns: str) -> Any:
         self.seen.add(layer)
-        _progress[self.slot] = len(self.seen)
+        if _progress is not None:  # a worker without its progress file still answers
+            _progress[self.slot] = len(self.seen)
         return super()._read(layer, *columns)
 
 
