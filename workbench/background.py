@@ -201,7 +201,7 @@ def _validate(asked: Asked, slot: int | None) -> pd.DataFrame:
     from workbench.validate import validate
 
     def progress(done: int) -> None:
-        if slot is not None:
+        if slot is not None and _progress is not None:
             _progress[slot] = done
 
     return validate(asked.path, asked.run, progress=progress)
