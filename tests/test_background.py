@@ -5,12 +5,13 @@ import subprocess
 import sys
 import time
 
+import cloudpickle
 import pandas as pd
 import psutil
 import pytest
 from routed import random_trace
 
-from workbench import analysis, slicing
+from workbench import analysis, background, slicing
 from workbench.background import Asked, Workers, answer
 from workbench.errors import InputError, RunError
 
@@ -35,6 +36,19 @@ def test_the_table_is_that_of_the_analysis(trace, workers):
     found = workers.ask(asked(trace, "load", ("by", "lang"), ("n_resamples", 50)), trace.n_layers)
     pd.testing.assert_frame_equal(found.table(), analysis.load(trace, by="lang", n_resamples=50))
     assert found.done and not found.cancelled and found.progress == (2, 2)
+
+
+def test_where_modules_are_pickled_by_value(trace):
+    """As nnsight has it done in the whole process once something was sent away."""
+    cloudpickle.register_pickle_by_value(background)
+    found = Workers(1)
+    try:
+        answered = found.ask(asked(trace, "load", ("n_resamples", 0)), trace.n_layers)
+        pd.testing.assert_frame_equal(answered.table(), analysis.load(trace, n_resamples=0))
+        assert answered.progress == (2, 2)
+    finally:
+        found.close()
+        cloudpickle.unregister_pickle_by_value(background)
 
 
 def test_slices_and_samples_come_first(trace, workers):

@@ -14,9 +14,11 @@ import itertools
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock, Thread
@@ -35,8 +37,8 @@ SLOTS = 256
 """Questions whose progress is kept apart: more than can wait at a time."""
 KEPT_BYTES = 256 * 2**20
 """Memory for answers that were given."""
-_progress: Any = None
-"""In a worker: int32 (SLOTS,), the layers that each question has read."""
+Tell = Callable[[int], None]
+"""Hears how far an answer is: the layers that were read, or the checks that were made."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Workers:
     def _begin(self) -> ProcessPool:
         # loky's processes are like spawned ones (a fork would inherit locks that threads hold), but don't run the main
         # script again, which in a Streamlit server is the page.
-        return ProcessPool(self._n, initializer=_start, initargs=[self._file], context=get_context("loky"))
+        return ProcessPool(self._n, initializer=_start, context=get_context("loky"))
 
     def warm(self) -> None:
         """Start the processes now, so that the first question doesn't wait for their imports."""
@@ -154,7 +156,7 @@ class Workers:
                 self._counter[slot] = 0
                 if not self._pool.active:  # a process died at a moment at which it had no question
                     self._pool = self._begin()
-                future = self._pool.schedule(answer, args=[asked, slot])
+                future = self._pool.schedule(answer, args=[asked, partial(_tell, self._file, slot)])
                 known = Answer(asked, future, self._counter, slot, n_layers)
             self._answers[asked] = known
             self._forget()
@@ -183,10 +185,10 @@ class Workers:
                 del self._answers[asked]
 
 
-def answer(asked: Asked, slot: int | None = None) -> pd.DataFrame:
+def answer(asked: Asked, tell: Tell | None = None) -> pd.DataFrame:
     """Answer a question in this process."""
     if asked.name in OTHERS:
-        return OTHERS[asked.name](asked, slot)
+        return OTHERS[asked.name](asked, tell)
     ask = analysis.find(asked.name)[0]
     arguments = dict(asked.arguments)
     if analysis.subject(ask) == "model":
@@ -194,27 +196,23 @@ def answer(asked: Asked, slot: int | None = None) -> pd.DataFrame:
 
         return ask(load(asked.model), **arguments)
     trace = part(Trace(asked.path, asked.run), asked.where, asked.sample)
-    return ask(trace if slot is None else _watched(trace, slot), **arguments)
+    return ask(trace if tell is None else _watched(trace, tell), **arguments)
 
 
-def _validate(asked: Asked, slot: int | None) -> pd.DataFrame:
+def _validate(asked: Asked, tell: Tell | None) -> pd.DataFrame:
     from workbench.validate import validate
 
-    def progress(done: int) -> None:
-        if slot is not None and _progress is not None:
-            _progress[slot] = done
-
-    return validate(asked.path, asked.run, progress=progress)
+    return validate(asked.path, asked.run, progress=tell)
 
 
-def _describe(asked: Asked, slot: int | None) -> pd.DataFrame:
+def _describe(asked: Asked, tell: Tell | None) -> pd.DataFrame:
     from workbench.models import describe
 
     described = describe(asked.model, local=True, **dict(asked.arguments))
     return pd.DataFrame([{name: value for name, value in described.items() if name != "layers"}])
 
 
-def _query(asked: Asked, slot: int | None) -> pd.DataFrame:
+def _query(asked: Asked, tell: Tell | None) -> pd.DataFrame:
     from workbench import query
 
     return query.ask(asked.path, dict(asked.arguments)["sql"], memory=query.MEMORY)
@@ -233,25 +231,30 @@ def part(trace: Trace, where: str, sample: int) -> Trace:
 class _Watched(Trace):
     """A Trace that says which layers it has read."""
 
-    slot: int
+    tell: Tell
     seen: set[int]
 
     def _read(self, layer: int, *columns: str) -> Any:
         self.seen.add(layer)
-        if _progress is not None:  # a worker without its progress file still answers
-            _progress[self.slot] = len(self.seen)
+        self.tell(len(self.seen))
         return super()._read(layer, *columns)
 
 
-def _watched(trace: Trace, slot: int) -> Trace:
+def _watched(trace: Trace, tell: Tell) -> Trace:
     watched = _Watched.__new__(_Watched)
-    watched.__dict__.update(trace.__dict__, slot=slot, seen=set())
+    watched.__dict__.update(trace.__dict__, tell=tell, seen=set())
     return watched
 
 
-def _start(file: Path) -> None:
+# No global of this file may be set in a worker: where this module is pickled by value, as nnsight has it done for what
+# it sends away, the functions of a task and of the initializer don't share their globals.
+def _tell(file: Path, slot: int, done: int) -> None:
+    """Write how far a question is into its place of the file that the asking process reads."""
+    np.memmap(file, np.int32, "r+", shape=SLOTS)[slot] = done
+
+
+def _start() -> None:
     """Begin a worker, which ends with the process that it works for, however that ends."""
-    global _progress
     parent = os.getppid()
 
     def watch() -> None:
@@ -260,7 +263,6 @@ def _start(file: Path) -> None:
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
-    _progress = np.memmap(file, np.int32, "r+", shape=SLOTS)
 
 
 def _ready() -> None:
