@@ -250,6 +250,9 @@ def widget(option: str, hint: Any, default: Any, key: str, explained: str | None
     """The value of one option, by a widget that suits its type."""
     shared: dict[str, Any] = {"key": key, "help": explained, "bind": "query-params"}
     label = option.replace("_", " ")
+    named = re.findall(r'"(\w+)"', explained or "") if (explained or "").startswith('"') else []
+    if default in named:  # an option that is explained by its choices
+        return st.selectbox(label, named, named.index(default), **shared)
     if option in ("by", "within"):
         columns = [*([None] if default is None or "None" in str(hint) else []), *groupings()]
         at = columns.index(default) if default in columns else 0

@@ -42,7 +42,7 @@ def test_a_click_on_a_cell_shows_its_row(browse, server, tmp_path):
     hovered = page.locator(".hoverlayer text").first.text_content()
     clicked = page.locator(".st-key-clicked-specialization-lang")
     assert "1 row of the table" in clicked.inner_text()
-    found = pd.read_csv(download(page, lambda: clicked.locator("button", has_text="CSV").click(), tmp_path))
+    found = pd.read_csv(download(page, lambda: clicked.locator("button", has_text="CSV").first.click(), tmp_path))
     (row,) = found.to_dict("records")
     assert row["layer"] == 0
     if hovered:
@@ -93,7 +93,9 @@ def test_only_the_open_tab_is_computed_and_is_in_the_link(browse, server, tmp_pa
     finished(other)
     assert other.locator(".st-key-panel-affinity .js-plotly-plot").count() == 1
     screenshot(other, "structure-dark", tmp_path)
-    svg = download(other, lambda: other.locator(".st-key-figure-affinity button", has_text="SVG").click(), tmp_path)
+    svg = download(
+        other, lambda: other.locator(".st-key-figure-affinity button", has_text="SVG").first.click(), tmp_path
+    )
     assert svg.read_text(encoding="utf-8").startswith("<svg")
 
 

@@ -51,6 +51,7 @@ _QUIET = """
     return !busy && now - window.__quiet >= (polled ? Math.min(silence, 60) : silence) && {since: window.__quiet};
 }
 """
+_DRAWN = """() => document.querySelector('[data-testid="stMain"]')?.innerText.trim()"""
 _BUSY = """
 () => {
     const ids = [...document.querySelectorAll('[data-testid="stApp"] [data-testid], [data-stale="true"]')]
@@ -197,6 +198,7 @@ def visit(page: Page, title: str) -> float:
     link.click()
     # The address changes when the server has begun with the new page.
     page.wait_for_function("(path) => location.pathname === path", arg=path, timeout=PATIENCE * 1000)
+    page.wait_for_function(_DRAWN, timeout=PATIENCE * 1000)  # the old page is gone before there is any of the new one
     return settled(page)
 
 
