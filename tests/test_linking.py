@@ -101,6 +101,7 @@ def check(name: str, frame: pd.DataFrame, figure: go.Figure) -> None:
         if trace.name not in NO_ROW and not str(trace.name).startswith("OLMoE") and len(unlike):
             assert len(got), (name, trace.name, list(linking.said(trace, at)))
             n_found.append(len(got))
+    assert n_found, name  # or nothing was checked
     if name not in SEVERAL:
         assert np.mean(np.array(n_found) > 3) < 0.35, (name, n_found)
 
