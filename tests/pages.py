@@ -19,18 +19,28 @@ def opened(monkeypatch: Any, path: Path | None, page: str, **query: str) -> AppT
     else:
         monkeypatch.setenv("WORKBENCH_TRACE", str(path))
     monkeypatch.setenv("WORKBENCH_MODEL", "demo")
+    return answered(begun(page, **query))
+
+
+def begun(page: str, **query: str) -> AppTest:
+    """A page with a query, not run yet."""
     found = AppTest.from_file(str(MAIN), default_timeout=PATIENCE)
     found.query_params.update(query)
     found.switch_page(f"{page}.py")
-    return answered(found)
+    return found
+
+
+def healthy(page: AppTest) -> AppTest:
+    """The page, which has raised nothing."""
+    assert not page.exception, page.exception[0].value
+    return page
 
 
 def answered(page: AppTest) -> AppTest:
     """Run the page until nothing on it waits for an answer."""
     begun = time.monotonic()
     while True:
-        page.run()
-        assert not page.exception, page.exception[0].value
+        healthy(page.run())
         if not page.get("progress"):
             return page
         assert time.monotonic() - begun < PATIENCE, said(page)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import routed
+from pages import answered, opened, said
 from streamlit.testing.v1 import AppTest
 
 from workbench import expert_profile, slicing
@@ -20,39 +20,10 @@ from workbench.interventions import Ablate, Bias, Forbid, Force, Scale
 from workbench.tracefile import Trace
 from workbench_app import view
 
-MAIN = Path(__file__).parents[2] / "app" / "workbench_app" / "main.py"
 HOSTILE = {
     0: "<script>alert(1)</script>", 1: "مرحبا", 2: "\u202e", 3: "\u200b", 4: "😀", 5: "**b** [l](x) $x$", 6: "=1+1",
     7: "\n",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def model(monkeypatch) -> None:
-    monkeypatch.setenv("WORKBENCH_MODEL", "demo")
-
-
-def opened(monkeypatch, path: Path | None, **query: str) -> AppTest:
-    if path is None:
-        monkeypatch.delenv("WORKBENCH_TRACE", raising=False)
-    else:
-        monkeypatch.setenv("WORKBENCH_TRACE", str(path))
-    found = AppTest.from_file(str(MAIN), default_timeout=180)
-    found.query_params.update(query)
-    found.switch_page("experts.py")
-    return done(found.run())
-
-
-def done(page: AppTest) -> AppTest:
-    """Until nothing on the page waits for an answer."""
-    patience = time.monotonic() + 180
-    while True:
-        assert not page.exception, page.exception[0].value
-        if not page.session_state["waiting"]:
-            return page
-        assert time.monotonic() < patience
-        time.sleep(0.3)
-        page.run()
 
 
 def sent(page: AppTest, name: str) -> dict[str, Any]:
@@ -60,10 +31,6 @@ def sent(page: AppTest, name: str) -> dict[str, Any]:
     key = {"cells": "codes", "contexts": "lines"}[name]
     (found,) = [data for one in page.get("bidi_component") if key in (data := json.loads(one.proto.json or "{}"))]
     return found
-
-
-def said(page: AppTest) -> str:
-    return "\n".join(str(one.value) for one in (*page.warning, *page.info, *page.error, *page.caption, *page.markdown))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +53,7 @@ def small(tmp_path_factory) -> Path:
 
 
 def test_the_grid_and_one_expert(monkeypatch, small):
-    page = opened(monkeypatch, small, experts_layer="0", experts_expert="3")
+    page = opened(monkeypatch, small, "experts", experts_layer="0", experts_expert="3")
     assert page.header[0].value == "Layer 0 · expert 3"
     cells = sent(page, "cells")
     assert cells["layers"] == [0, 1] and cells["columns"] == 300 and cells["chosen"] == [0, 3]
@@ -103,22 +70,22 @@ def test_the_grid_and_one_expert(monkeypatch, small):
 
 
 def test_a_link_to_an_expert_that_is_not_there(monkeypatch, small):
-    assert opened(monkeypatch, small, experts_layer="99", experts_expert="299").header[0].value
-    page = opened(monkeypatch, small, experts_layer="x", experts_expert="-4")
+    assert opened(monkeypatch, small, "experts", experts_layer="99", experts_expert="299").header[0].value
+    page = opened(monkeypatch, small, "experts", experts_layer="x", experts_expert="-4")
     assert page.header[0].value == "Layer 0 · expert 0"
 
 
 def test_another_layer_has_fewer_experts(monkeypatch, small):
-    page = opened(monkeypatch, small, experts_layer="1", experts_expert="299")
+    page = opened(monkeypatch, small, "experts", experts_layer="1", experts_expert="299")
     assert page.header[0].value == "Layer 1 · expert 299" and page.metric[0].value == "300"
     page.number_input("experts_layer").set_value(0)
-    done(page.run())
+    answered(page)
     assert page.header[0].value == "Layer 0 · expert 5"
     assert page.query_params["experts_expert"] in ("5", ["5"])
 
 
 def test_an_expert_that_was_never_chosen(monkeypatch, small):
-    page = opened(monkeypatch, small, experts_layer="0", experts_expert="5")
+    page = opened(monkeypatch, small, "experts", experts_layer="0", experts_expert="5")
     assert "None of the 300 tokens" in said(page) and page.metric[0].value == "0" and page.metric[3].value == "–"
     assert not page.dataframe or all("text" not in one.value for one in page.dataframe)
 
@@ -135,7 +102,7 @@ def test_an_expert_that_was_never_chosen(monkeypatch, small):
     ],
 )
 def test_metrics(monkeypatch, small, metric, more):
-    page = opened(monkeypatch, small, experts_metric=METRICS[metric].title, **more)
+    page = opened(monkeypatch, small, "experts", experts_metric=METRICS[metric].title, **more)
     assert page.selectbox("experts_metric").value == metric
     cells = sent(page, "cells")
     assert cells["byValue"] == ("experts_sorted" in more) and len(cells["layers"]) == 2
@@ -146,57 +113,59 @@ def test_metrics(monkeypatch, small, metric, more):
 
 
 def test_only_what_was_recorded_is_offered(monkeypatch, small):
-    page = opened(monkeypatch, small)
+    page = opened(monkeypatch, small, "experts")
     offered = page.selectbox("experts_metric").options
     assert "Mean gate weight" in offered and not {"REAP", "Output norm", "EASY-EP"} & set(offered)
 
 
 def test_edits_go_into_the_recipe(monkeypatch, small):
-    page = opened(monkeypatch, small, experts_layer="0", experts_expert="3")
+    page = opened(monkeypatch, small, "experts", experts_layer="0", experts_expert="3")
     page.button("experts_ablate").click()
-    done(page.run())
+    answered(page)
     assert "Ablate" in page.success[0].value
     page.button("experts_force").click()
-    done(page.run())
+    answered(page)
     page.slider("experts_strength").set_value(-0.5)
-    done(page.run())
+    answered(page)
     page.button("experts_bias").click()
-    done(page.run())
+    answered(page)
     page.number_input("experts_factor").set_value(4.0)
-    done(page.run())
+    answered(page)
     page.button("experts_scale").click()
-    done(page.run())
+    answered(page)
     page.selectbox("experts_kind").set_value("Forbid")
     page.text_input("experts_others").set_value("1, 3 2")
     page.text_input("experts_scope").set_value("phase=generated")
-    done(page.run())
+    answered(page)
     page.button("experts_add").click()
-    done(page.run())
+    answered(page)
     this: dict[str, Any] = {"layer": 0, "experts": [3]}
     assert [entry.intervention for entry in page.session_state["draft"]] == [
         Ablate(**this), Force(**this), Bias(**this, strength=-0.5), Scale(**this, factor=4.0),
         Forbid(layer=0, experts=[3, 1, 2], scope="phase=generated"),
     ]  # fmt: skip
     page.text_input("experts_others").set_value("77")
-    done(page.run())
+    answered(page)
     assert "expected numbers from 0 to 5" in said(page).replace("\\", "")
 
 
 def test_one_token_id(monkeypatch, small):
-    page = opened(monkeypatch, small, experts_layer="1", experts_expert="299", experts_token="4", experts_per_text="5")
+    page = opened(
+        monkeypatch, small, "experts", experts_layer="1", experts_expert="299", experts_token="4", experts_per_text="5"
+    )
     lines = sent(page, "contexts")["lines"]
     here = [next(part for part in line["parts"] if part[3]) for line in lines]
     assert lines and all(part[0] == "😀" for part in here)
     assert any("😀" in button.label for button in page.button)
     page.button("experts_all").click()
-    done(page.run())
+    answered(page)
     assert len({next(part for part in line["parts"] if part[3])[0] for line in sent(page, "contexts")["lines"]}) > 1
-    page = opened(monkeypatch, small, experts_token="99")
+    page = opened(monkeypatch, small, "experts", experts_token="99")
     assert "No token that chose this expert" in said(page)
 
 
 def test_contexts_of_one_language_at_random(monkeypatch, small):
-    page = opened(monkeypatch, small, experts_layer="0", experts_lang="de", experts_which="drawn at random")
+    page = opened(monkeypatch, small, "experts", experts_layer="0", experts_lang="de", experts_which="drawn at random")
     assert {line["tags"][0] for line in sent(page, "contexts")["lines"]} == {"de"}
 
 
@@ -204,11 +173,11 @@ def test_contexts_of_one_language_at_random(monkeypatch, small):
     "tab", ["Partners", "Similar experts", "Importance", "Vocabulary", "Other groups", "Likeness of weights"]
 )
 def test_more_about_it(monkeypatch, demo_trace, tab):
-    page = opened(monkeypatch, demo_trace, experts_layer="2", experts_expert="7", experts_more=tab)
+    page = opened(monkeypatch, demo_trace, "experts", experts_layer="2", experts_expert="7", experts_more=tab)
     columns = [set(one.value.columns) for one in page.dataframe]
     if tab == "Likeness of weights":
         page.button("experts_weights").click()
-        done(page.run())
+        answered(page)
         columns = [set(one.value.columns) for one in page.dataframe]
     wanted = {
         "Partners": "probability", "Similar experts": "other_layer", "Importance": "score", "Vocabulary": "chance",
@@ -218,17 +187,17 @@ def test_more_about_it(monkeypatch, demo_trace, tab):
 
 
 def test_a_slice(monkeypatch, demo_trace):
-    page = opened(monkeypatch, demo_trace, where="lang=de", experts_layer="1", experts_expert="4")
+    page = opened(monkeypatch, demo_trace, "experts", where="lang=de", experts_layer="1", experts_expert="4")
     part = slicing.where(Trace(demo_trace), "lang=de")
     assert page.metric[0].value == f"{len(expert_profile.firings(part, 1, 4)):,}"
-    page = opened(monkeypatch, demo_trace, where="lang=xx")
+    page = opened(monkeypatch, demo_trace, "experts", where="lang=xx")
     assert "no sequence has lang" in said(page).replace("\\", "")
 
 
 def test_nothing_but_ids(monkeypatch, tmp_path):
     experts = np.array([[[0, 1]], [[1, 2]], [[2, 0]], [[1, 0]]])
     routed.write(tmp_path / "t.duckdb", experts, [0, 0, 1, 1], pd.DataFrame({"lang": ["a", "b"]}), 3)
-    page = opened(monkeypatch, tmp_path / "t.duckdb")
+    page = opened(monkeypatch, tmp_path / "t.duckdb", "experts")
     assert page.metric[3].value == "–" and "made without their ids" in said(page)
     assert sent(page, "cells")["columns"] == 3
 
@@ -236,7 +205,7 @@ def test_nothing_but_ids(monkeypatch, tmp_path):
 def test_no_groups_and_one_choice_a_token(monkeypatch, tmp_path):
     routed.full_trace(tmp_path / "t.duckdb", np.zeros((3, 1, 1), int), n_experts=1, seq=[0, 0, 0], token_ids=[1, 2, 1],
                       sequences=pd.DataFrame({"segment_id": ["s"]}), vocabulary={})  # fmt: skip
-    page = opened(monkeypatch, tmp_path / "t.duckdb", experts_minimum="1")
+    page = opened(monkeypatch, tmp_path / "t.duckdb", "experts", experts_minimum="1")
     assert "chooses a single expert" in said(page) and "no vocabulary" in said(page)
 
 
@@ -244,7 +213,7 @@ def test_no_groups_and_one_choice_a_token(monkeypatch, tmp_path):
 def test_a_link_with_nonsense(monkeypatch, tmp_path, wrong):
     routed.random_trace(tmp_path / "t.duckdb")
     names = ("layer", "expert", "minimum", "more", "which", "metric", "by", "group", "most", "token", "lang")
-    page = opened(monkeypatch, tmp_path / "t.duckdb", **{f"experts_{name}": wrong for name in names})
+    page = opened(monkeypatch, tmp_path / "t.duckdb", "experts", **{f"experts_{name}": wrong for name in names})
     assert page.header[0].value == "Layer 0 · expert 0"
 
 
@@ -254,15 +223,11 @@ def test_a_run_that_took_the_place_of_another(monkeypatch, tmp_path):
         path.unlink(missing_ok=True)
         routed.write(path, np.array(experts)[:, None, None], [0, 0, 1], pd.DataFrame({"lang": ["a", "b"]}), 2)
         view._info.clear()  # it is looked at once a second
-        page = opened(monkeypatch, path)
+        page = opened(monkeypatch, path, "experts")
         assert page.metric[0].value == expected
         count = np.frombuffer(base64.b64decode(sent(page, "cells")["count"]), "<f4")
         assert count[0] == int(expected)
 
 
 def test_without_a_trace(monkeypatch):
-    monkeypatch.delenv("WORKBENCH_TRACE", raising=False)
-    found = AppTest.from_file(str(MAIN), default_timeout=60)
-    found.switch_page("experts.py")
-    page = found.run()
-    assert not page.exception and "No trace is open" in said(page)
+    assert "No trace is open" in said(opened(monkeypatch, None, "experts"))

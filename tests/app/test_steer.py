@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import begun, healthy
 from streamlit.testing.v1 import AppTest
 
 from workbench.generation import compare
@@ -15,7 +15,6 @@ from workbench.interventions import Ablate, Bias, Contrast, Delta, Force, Scale,
 from workbench.models import load
 from workbench.recipe import from_json
 
-MAIN = Path(__file__).parents[2] / "app" / "workbench_app" / "main.py"
 PROMPT = "The treaty was signed"
 
 
@@ -32,15 +31,7 @@ def page(monkeypatch) -> Iterator[AppTest]:
 
 
 def opened(**query: str) -> AppTest:
-    found = AppTest.from_file(str(MAIN), default_timeout=120)
-    found.query_params.update(query)
-    found.switch_page("steer.py")
-    return healthy(found.run())
-
-
-def healthy(page: AppTest) -> AppTest:
-    assert not page.exception, page.exception[0].value
-    return page
+    return healthy(begun("steer", **query).run())
 
 
 def add(page: AppTest, kind: str, **values: Any) -> AppTest:

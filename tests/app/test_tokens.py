@@ -10,48 +10,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import routed
+from pages import healthy, opened, said
 from streamlit.testing.v1 import AppTest
 
 from workbench import reading, text_search
 from workbench.tracefile import Trace
 from workbench_app import view
 
-MAIN = Path(__file__).parents[2] / "app" / "workbench_app" / "main.py"
 HOSTILE = {
     0: "<script>alert(1)</script>", 1: "مرحبا", 2: "\u202e", 3: "\u200b", 4: "😀", 5: "**b** [l](x) $x$", 6: "=1+1",
     7: "Ã", 8: "<0xE2>",
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def model(monkeypatch) -> None:
-    monkeypatch.setenv("WORKBENCH_MODEL", "demo")
-
-
-def opened(monkeypatch, path: Path | None, **query: str) -> AppTest:
-    if path is None:
-        monkeypatch.delenv("WORKBENCH_TRACE", raising=False)
-    else:
-        monkeypatch.setenv("WORKBENCH_TRACE", str(path))
-    found = AppTest.from_file(str(MAIN), default_timeout=120)
-    found.query_params.update(query)
-    found.switch_page("tokens.py")
-    return healthy(found.run())
-
-
-def healthy(page: AppTest) -> AppTest:
-    assert not page.exception, page.exception[0].value
-    return page
-
-
 def sent(page: AppTest) -> dict[str, Any]:
     """What the component with the tokens got."""
     (found,) = [one for one in page.get("bidi_component") if one.proto.component_name == "workbench_token_text"]
     return json.loads(found.proto.json)
-
-
-def said(page: AppTest) -> str:
-    return "\n".join(str(one.value) for one in (*page.warning, *page.info, *page.error, *page.caption, *page.markdown))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +52,7 @@ def hostile(tmp_path_factory) -> Path:
 
 
 def test_shows_the_first_text_that_is_found(monkeypatch, demo_trace: Path):
-    page = opened(monkeypatch, demo_trace)
+    page = opened(monkeypatch, demo_trace, "tokens")
     text = reading.read(Trace(demo_trace), 0)
     got = sent(page)
     assert got["ids"] == text.token_ids.tolist() and got["pin"] is None and got["total"] == len(text)
@@ -99,7 +74,7 @@ def test_the_link_restores_the_view(monkeypatch, demo_trace: Path):
         "tokens_seq": "3", "tokens_colour": "entropy", "tokens_layer": "2", "tokens_pin": "4", "tokens_numbers": "true",
         "tokens_detail": "Data of the text", "tokens_search": "e",
     }  # fmt: skip
-    page = opened(monkeypatch, demo_trace, **query)
+    page = opened(monkeypatch, demo_trace, "tokens", **query)
     text = reading.read(Trace(demo_trace), 3)
     got = sent(page)
     assert got["ids"] == text.token_ids.tolist()
@@ -121,12 +96,12 @@ def test_the_link_restores_the_view(monkeypatch, demo_trace: Path):
     ],
 )
 def test_a_wrong_link_is_a_message_or_ignored(monkeypatch, demo_trace: Path, query: dict[str, str], said_: str):
-    page = opened(monkeypatch, demo_trace, **query)
+    page = opened(monkeypatch, demo_trace, "tokens", **query)
     assert said_.replace(" ", "") in said(page).replace("\\", "").replace(" ", "")
 
 
 def test_every_colouring(monkeypatch, hostile: Path):
-    page = opened(monkeypatch, hostile, run="first", tokens_seq="0")
+    page = opened(monkeypatch, hostile, "tokens", run="first", tokens_seq="0")
     trace = Trace(hostile, "first")
     assert page.selectbox(key="tokens_colour").options == ["expert", "entropy", "nll", "agreement"]
     page.selectbox(key="tokens_layer").set_value("1").run()
@@ -145,18 +120,20 @@ def test_every_colouring(monkeypatch, hostile: Path):
 
 
 def test_hostile_tokens_are_sent_as_visible_text(monkeypatch, hostile: Path):
-    got = sent(opened(monkeypatch, hostile, run="first", tokens_seq="0"))
+    got = sent(opened(monkeypatch, hostile, "tokens", run="first", tokens_seq="0"))
     assert got["texts"] == [
         "<script>alert(1)</script>", "مرحبا", "⟨U+202E⟩", "⟨U+200B⟩", "😀", "**b** [l](x) $x$", "=1+1", "Ã", "�",
     ]  # fmt: skip
-    got = sent(opened(monkeypatch, hostile, run="first", tokens_seq="5"))
+    got = sent(opened(monkeypatch, hostile, "tokens", run="first", tokens_seq="5"))
     assert got["texts"][-1] == "⟨?⟩" and got["unknown"] == [3]
 
 
 @pytest.mark.parametrize("pin", range(9))
 @pytest.mark.parametrize("detail", ["Across layers", "Same token elsewhere"])
 def test_a_pinned_token_opens_its_routing(monkeypatch, hostile: Path, pin: int, detail: str):
-    page = opened(monkeypatch, hostile, run="first", tokens_seq="0", tokens_pin=str(pin), tokens_detail=detail)
+    page = opened(
+        monkeypatch, hostile, "tokens", run="first", tokens_seq="0", tokens_pin=str(pin), tokens_detail=detail
+    )
     table = page.dataframe[-1].value
     if detail == "Across layers":
         pd.testing.assert_frame_equal(table, reading.routing(reading.read(Trace(hostile, "first"), 0), pin))
@@ -169,11 +146,11 @@ def test_a_pinned_token_opens_its_routing(monkeypatch, hostile: Path, pin: int, 
 
 
 def test_pieces_of_a_text_are_shown_as_one(monkeypatch, hostile: Path):
-    page = opened(monkeypatch, hostile, run="first", tokens_seq="2")
+    page = opened(monkeypatch, hostile, "tokens", run="first", tokens_seq="2")
     # full_trace gives every sequence a digest of its own: pieces share one, so here there are none
     assert len(sent(page)["texts"]) == 3
     monkeypatch.setattr(reading, "pieces_of", lambda trace, seq: [1, 2, 3])
-    page = opened(monkeypatch, hostile, run="second", tokens_seq="3", tokens_whole="true")
+    page = opened(monkeypatch, hostile, "tokens", run="second", tokens_seq="3", tokens_whole="true")
     got = sent(page)
     assert len(got["texts"]) == 9
     assert got["begins"] == [[0, "piece 1"], [3, "piece 2"], [6, "piece 3"]]
@@ -184,7 +161,7 @@ def test_a_long_text_is_shown_in_parts(monkeypatch, tmp_path: Path):
     routed.full_trace(
         tmp_path / "long.duckdb", np.zeros((n, 2, 1), int), n_experts=2, seq=[0] * n, sequences=pd.DataFrame([{}])
     )
-    page = opened(monkeypatch, tmp_path / "long.duckdb", tokens_pin="3999", tokens_part="3")
+    page = opened(monkeypatch, tmp_path / "long.duckdb", "tokens", tokens_pin="3999", tokens_part="3")
     got = sent(page)
     assert (got["start"], got["total"], got["pin"], len(got["texts"])) == (3000, n, 3999, 1000)
     page.number_input(key="tokens_pin").set_value(1600).run()
@@ -192,14 +169,14 @@ def test_a_long_text_is_shown_in_parts(monkeypatch, tmp_path: Path):
 
 
 def test_the_filter_of_the_sidebar_narrows_the_search(monkeypatch, hostile: Path):
-    page = opened(monkeypatch, hostile, run="first", where="note=b")
+    page = opened(monkeypatch, hostile, "tokens", run="first", where="note=b")
     assert page.dataframe[0].value["seq"].tolist() == [2, 3]
-    page = opened(monkeypatch, hostile, run="first", where="nonsense")
+    page = opened(monkeypatch, hostile, "tokens", run="first", where="nonsense")
     assert page.warning
 
 
 def test_any_column_narrows_the_search(monkeypatch, hostile: Path):
-    page = opened(monkeypatch, hostile, run="first", tokens_column="note", tokens_value="c")
+    page = opened(monkeypatch, hostile, "tokens", run="first", tokens_column="note", tokens_value="c")
     assert page.dataframe[0].value["seq"].tolist() == [4, 5]
     assert "no tokens" in said(page).lower()
 
@@ -210,11 +187,11 @@ def test_a_run_that_took_the_place_of_another(monkeypatch, tmp_path: Path):
         routed.full_trace(path, np.zeros((3, 1, 1), int), n_experts=1, seq=[0] * 3, token_ids=ids, mode="overwrite",
                           sequences=pd.DataFrame({"lang": ["x"]}), vocabulary={1: "a", 4: "b"})  # fmt: skip
         view._info.clear()  # it is looked at once a second
-        assert sent(opened(monkeypatch, path))["ids"] == ids
+        assert sent(opened(monkeypatch, path, "tokens"))["ids"] == ids
 
 
 def test_without_a_trace_a_text_can_be_typed(monkeypatch):
-    page = opened(monkeypatch, None)
+    page = opened(monkeypatch, None, "tokens")
     assert "No trace is open" in said(page) and "Press Trace" in said(page)
     page.text_area(key="tokens_typed").set_value("Alle <b>Menschen</b> sind frei\u200b.").run()
     page.button(key="tokens_go").click().run()
@@ -229,21 +206,23 @@ def test_without_a_trace_a_text_can_be_typed(monkeypatch):
 
 
 def test_a_typed_text_in_the_link_is_traced(monkeypatch, demo_trace: Path):
-    page = opened(monkeypatch, demo_trace, tokens_from="typed in", tokens_text="Born free.", tokens_length="3")
+    page = opened(
+        monkeypatch, demo_trace, "tokens", tokens_from="typed in", tokens_text="Born free.", tokens_length="3"
+    )
     got = sent(page)
     assert "".join(got["texts"]) == "Born free." and len(got["begins"]) > 1
 
 
 def test_a_long_typed_text_is_not_in_the_link(monkeypatch):
-    page = opened(monkeypatch, None)
+    page = opened(monkeypatch, None, "tokens")
     page.text_area(key="tokens_typed").set_value("free " * 300).run()
     assert "doesn't hold this text" in said(healthy(page)).replace("\\", "")
     assert "tokens_text" not in page.query_params
 
 
 def test_a_model_that_fails_to_load_is_a_message(monkeypatch, tmp_path: Path):
+    page = opened(monkeypatch, None, "tokens")
     monkeypatch.setenv("WORKBENCH_MODEL", str(tmp_path / "nowhere"))
-    page = opened(monkeypatch, None)
     page.button(key="tokens_go").click().run()
     assert "no such folder" in said(healthy(page)).replace("\\", "")
     assert not page.get("progress") and not [one for one in page.button if one.key == "tokens_cancel"]

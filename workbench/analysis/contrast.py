@@ -29,6 +29,7 @@ from workbench import figures
 from workbench.analysis import rates
 from workbench.analysis.counting import Cells, cells_of_labels, count
 from workbench.analysis.filters import mask
+from workbench.analysis.layer_rows import layer_rows
 from workbench.analysis.resampling import q_values
 from workbench.errors import InputError
 from workbench.tracefile import Trace
@@ -113,26 +114,19 @@ def two_sets(trace: Trace, first: np.ndarray, second: np.ndarray, name: str, oth
 
 def figure(frame: pd.DataFrame) -> Figure:
     """Every expert's difference, a row a layer, largest first; below, the largest of all with their intervals."""
-    width = int(frame.groupby("layer").size().max())
     shown = ("difference", "expert", "rate", "rate_versus", "low", "high", "npmi", "q")
-    grids, names = {name: [] for name in shown}, []
-    for layer, part in frame.groupby("layer"):
-        part = part.sort_values("difference", ascending=False)
-        names.append(f"layer {layer}")
-        for name in shown:
-            padding = (0, width - len(part))
-            grids[name].append(np.pad(part[name].to_numpy(float), padding, constant_values=np.nan))
+    names, grids = layer_rows(frame, "difference", shown)
     titles = [f"{side(frame, 'group')} minus {side(frame, 'versus')}", ""]
     result = figures.panels(titles, height=max(32 * MOST_NAMED, 11 * len(names)))
     result.add_trace(
         figures.differences(
-            np.array(grids["difference"]),
-            x=list(range(1, width + 1)),
+            grids["difference"],
+            x=list(range(1, grids["difference"].shape[1] + 1)),
             y=names,
             hover="%{y} · expert %{customdata[1]:.0f}<br>difference %{z:+.3f} [%{customdata[4]:+.3f}, "
             "%{customdata[5]:+.3f}]<br>rates %{customdata[2]:.3f}, %{customdata[3]:.3f}<br>nPMI %{customdata[6]:+.3f}"
             "<br>q %{customdata[7]:.3f}<extra></extra>",
-            details=np.stack([np.array(grids[name]) for name in shown], axis=-1),
+            details=np.stack(list(grids.values()), axis=-1),
         )
     )
     figures.difference_scale(result, "difference<br>of rates", float(np.nanmax(np.abs(frame["difference"]), initial=0)))

@@ -22,6 +22,7 @@ from plotly.graph_objects import Figure
 from workbench import figures
 from workbench.analysis.choice_overlap import taken
 from workbench.analysis.counting import EVERYTHING, Cells, add_choices, cells_of_labels, experts_of
+from workbench.analysis.layer_rows import layer_rows
 from workbench.analysis.matching import match, name_of, need_same_layers, other_run
 from workbench.analysis.resampling import text_interval
 from workbench.analysis.token_means import drawn_texts, in_blocks, only, ratio
@@ -133,28 +134,20 @@ def named(frame: pd.DataFrame) -> pd.DataFrame:
 
 def figure(frame: pd.DataFrame) -> Figure:
     """Every expert's share in the other run relative to this one, a row a layer, gains first; below, the largest."""
-    width = int(frame.groupby("layer").size().max())
     shown = ("ratio", "expert", "share", "share_other", "difference", "low", "high", "kept")
-    grids: dict[str, list[np.ndarray]] = {name: [] for name in shown}
-    names = []
-    for layer, part in frame.groupby("layer"):
-        part = part.sort_values("difference", ascending=False)
-        names.append(f"layer {layer}")
-        for name in shown:
-            padding = (0, width - len(part))
-            grids[name].append(np.pad(part[name].to_numpy(float), padding, constant_values=np.nan))
+    names, grids = layer_rows(frame, "difference", shown)
     top = named(frame)
     run, other = (figures.plain(frame[name].iloc[0]) for name in ("run", "other"))
     result = figures.panels([f"{other} relative to {run}", ""], height=max(18 * len(top), 14 * len(names), 120))
     result.add_trace(
         figures.ratios(
-            np.array(grids["ratio"]),
-            x=list(range(1, width + 1)),
+            grids["ratio"],
+            x=list(range(1, grids["ratio"].shape[1] + 1)),
             y=names,
             hover="%{y} · expert %{customdata[1]:.0f}<br>%{customdata[0]:.2f} × its share<br>share "
             "%{customdata[2]:.2%}, then %{customdata[3]:.2%}<br>difference %{customdata[4]:+.2%} "
             "[%{customdata[5]:+.2%}, %{customdata[6]:+.2%}]<br>kept %{customdata[7]:.1%}<extra></extra>",
-            details=np.stack([np.array(grids[name]) for name in shown], axis=-1),
+            details=np.stack(list(grids.values()), axis=-1),
         )
     )
     figures.ratio_scale(result, "× its share")
