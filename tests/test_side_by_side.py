@@ -240,7 +240,9 @@ def test_those_that_ended_before_a_stop_keep_how(model: Model):
 
 
 @pytest.mark.parametrize("place", ["on_step", "on_wait"])
-def test_what_a_callback_raises_is_passed_on(place: str, demo: Model):
+def test_what_a_callback_raises_is_passed_on(place: str, demo: Model, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("workbench.side_by_side.PAUSE", 0.001)  # a token takes longer on any machine
+
     def fail(*_: Any) -> None:
         raise KeyError("mine")
 

@@ -2,8 +2,6 @@
 const VIEWS = new WeakMap();
 const LEFT = 58, BOTTOM = 34, NARROWEST = 3, EMPTY = 255;
 const WAIT = 160; // ms after the last key before the server hears of it
-const AGAIN = 2000; // ms after which a choice that the server hasn't answered is sent again: it may have been busy
-const TRIES = 3;
 
 function array(text, kind) {
   const raw = atob(text);
@@ -165,12 +163,7 @@ class View {
     const [row, column] = cell;
     const found = [this.data.layers[row], this.experts[row * this.data.columns + column]];
     this.sent = found;
-    const send = (tries) => {
-      if (this.sent !== found) return; // answered, or another one was chosen since
-      this.setTriggerValue("choose", found);
-      if (tries > 1) this.timer = setTimeout(() => send(tries - 1), AGAIN);
-    };
-    this.timer = setTimeout(() => send(TRIES), wait);
+    this.timer = setTimeout(() => this.setTriggerValue("choose", found), wait);
   }
 
   key(event) {
