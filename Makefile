@@ -49,12 +49,18 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 # A server, a browser and what Streamlit keeps of an app outlive a test file, so each of the page's has its own process.
 PAGES := ls tests/app/test_*.py | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/pytest
 
+# Triton's interpreter is chosen when Triton is imported, so what runs in it has processes of its own.
+LIBRARY := $(PYTEST) --ignore=tests/app --ignore=tests/fused/interpreted
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/fused/interpreted
+
 test: setup browser lint
-	$(PYTEST) -m "not slow" --ignore=tests/app
+	$(LIBRARY) -m "not slow"
+	$(INTERPRETED) -m "not slow"
 	$(PAGES) -m "not slow"
 
 test-all: setup browser lint
-	$(PYTEST) --ignore=tests/app
+	$(LIBRARY)
+	$(INTERPRETED)
 	$(PAGES)
 
 format: setup
