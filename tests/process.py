@@ -51,7 +51,7 @@ def _main(
 ) -> None:
     """Runs in the new process.
 
-    commit_token_layers  commit this often, so that a short run has many transactions
+    commit_token_layers  commit this often, so that a short run has many transactions; one that counts after each batch
     file_bytes           longest file that the system lets it write
     pause                seconds it rests after each transaction, so that others get to look
     dies                 where in its third transaction the process kills itself: see `_die`
@@ -65,7 +65,7 @@ def _main(
     import torch
     import transformers
 
-    from workbench import store, transaction
+    from workbench import counts, store, tally, transaction
     from workbench.__main__ import main
 
     torch.set_num_threads(1)
@@ -73,12 +73,13 @@ def _main(
     transformers.logging.disable_progress_bar()
     if commit_token_layers is not None:
         transaction.COMMIT_TOKEN_LAYERS = commit_token_layers
+        tally.SECONDS = 0.0
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     if pause:
         _rest(store.Writer, pause)
     if dies is not None:
-        _die(store.Writer, transaction, dies)
+        _die(store.Writer, (transaction, counts), dies)
     sys.argv = ["workbench", *arguments]
     main()
 
@@ -93,7 +94,7 @@ def _rest(writer: Any, pause: float) -> None:
     writer._commit = resting_commit
 
 
-def _die(writer: Any, transaction: Any, where: str) -> None:
+def _die(writer: Any, inserting: tuple[Any, ...], where: str) -> None:
     """Replace the step at which the process is to kill itself with one that does."""
     count = 0
 
@@ -117,10 +118,10 @@ def _die(writer: Any, transaction: Any, where: str) -> None:
                 kill()
             return done
 
-    insert_table, commit = transaction._insert, writer._commit
+    insert_table, commit = inserting[0].insert_columns, writer._commit
 
     def dying_insert(con: Any, table: str, *rest: Any) -> None:
-        if count == 3 and table == "routing" and where == "between tables":
+        if count == 3 and table in ("routing", "pairs") and where == "between tables":
             kill()
         insert_table(con, table, *rest)
 
@@ -144,5 +145,6 @@ def _die(writer: Any, transaction: Any, where: str) -> None:
         schema.writing = writing
         commit(self, pending)
 
-    transaction._insert = dying_insert
+    for module in inserting:
+        module.insert_columns = dying_insert
     writer._commit = counting_commit

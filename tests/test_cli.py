@@ -213,7 +213,7 @@ def bad_file(request, file: Path, tmp_path: Path) -> tuple[Path, str]:
             path.write_bytes(file.read_bytes())
             with duckdb.connect(str(path)) as con:
                 con.execute("UPDATE format SET version = 99")
-            return path, "has trace format 99; this workbench reads format 2. Update the workbench"
+            return path, "has trace format 99; this workbench reads format 3. Update the workbench"
         case "cut":
             path.write_bytes(file.read_bytes()[:-300_000])
             return path, "cut short"
@@ -247,7 +247,7 @@ def test_files_that_are_no_traces(bad_file: tuple[Path, str], workbench: Command
 
 def test_info(workbench: Command, file: Path):
     facts = json.loads(workbench("info", file, "--json").out)
-    assert [run["run"] for run in facts["runs"]] == ["one", "two"] and facts["format"] == 2
+    assert [run["run"] for run in facts["runs"]] == ["one", "two"] and facts["format"] == 3
     text = workbench("info", file)
     assert text.code == 0 and "one" in text.out and f"{Trace(file, 'one').n_tokens:,}" in text.out
 

@@ -592,6 +592,6 @@ def test_a_run_of_format_1_is_finished(old: Path, model: Any, texts: Any, tmp_pa
 
 def test_a_newer_format_is_refused(old: Path) -> None:
     with duckdb.connect(str(old)) as con:
-        con.execute("UPDATE format SET version = 3")
-    with pytest.raises(InputError, match="has trace format 3; this workbench reads format 2. Update the workbench"):
+        con.execute("UPDATE format SET version = 4")
+    with pytest.raises(InputError, match="has trace format 4; this workbench reads format 3. Update the workbench"):
         Trace(old)

@@ -20,7 +20,7 @@ from workbench.store import Writer
 from workbench.tracefile import Trace
 from workbench.validate import validate
 
-TABLES = ("runs", "layers", "sequences", "tokens", "vocabulary", "routing", "profiles")
+TABLES = ("runs", "layers", "sequences", "tokens", "vocabulary", "routing", "profiles", "loads", "pairs")
 N_TEXTS = 160
 COMMIT_TOKEN_LAYERS = 3_000
 OPTIONS = ("--record", "ids,weights,entropy,profiles", "--batch-tokens", "512")
@@ -38,8 +38,8 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def command(folder: Path, out: Path, *more: str) -> list[object]:
-    return ["trace", folder / "model", "--corpus", folder / "texts.jsonl", "--out", out, *OPTIONS, *more]
+def command(folder: Path, out: Path, *more: str, options: tuple[str, ...] = OPTIONS) -> list[object]:
+    return ["trace", folder / "model", "--corpus", folder / "texts.jsonl", "--out", out, *options, *more]
 
 
 def contents(path: Path) -> dict[str, list[dict]]:
@@ -110,6 +110,28 @@ def test_killed_inside_a_transaction(folder: Path, tmp_path: Path):
         run = process.start(*command(folder, out, "--resume"), log=log)
         assert process.finish(run) == 0, log.read_text()
         assert_whole(out, folder)
+    assert 0 < kept["between tables"] == kept["before commit"] < kept["after commit"] < N_TEXTS
+
+
+@pytest.mark.parametrize("group", [(), ("--group", "lang,domain")])
+def test_a_run_that_counts_killed_inside_a_transaction(group: tuple[str, ...], folder: Path, tmp_path: Path):
+    """Totals are replaced in each transaction: it is either not there at all or whole, like rows."""
+    options = ("--record", "counts", *group, "--batch-tokens", "512")
+    whole, log = tmp_path / "whole.duckdb", tmp_path / "log"
+    assert process.finish(process.start(*command(folder, whole, options=options), log=log)) == 0, log.read_text()
+    expected, kept = contents(whole), {}
+    assert expected["pairs"] and not expected["routing"]
+    for where in ("between tables", "before commit", "after commit"):
+        out = tmp_path / f"{where}.duckdb"
+        run = process.start(*command(folder, out, options=options), log=log, commit_token_layers=1, dies=where)
+        assert process.finish(run) == -signal.SIGKILL, log.read_text()
+        problems = validate(out)
+        assert problems["check"].tolist() == ["finished"], problems.to_string()
+        kept[where] = Trace(out).n_sequences
+        run = process.start(*command(folder, out, "--resume", options=options), log=log)
+        assert process.finish(run) == 0, log.read_text()
+        assert contents(out) == expected
+        assert validate(out).empty
     assert 0 < kept["between tables"] == kept["before commit"] < kept["after commit"] < N_TEXTS
 
 

@@ -7,9 +7,10 @@ sequences alone and a batch is committed whole, so a resumed run repeats exactly
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Several
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,13 +18,16 @@ from tqdm.auto import tqdm
 
 from workbench import corpus as corpora
 from workbench.errors import InputError
-from workbench.forward import predicts_next, reads_twice, run_batch
+from workbench.forward import predicts_next, reads_twice, run_batch, run_pass
+from workbench.fused_experts import Experts, fused_experts, which
+from workbench.fused_routing import fused_routing
 from workbench.intervening import Given, about_generation, effective_top_k, intervene
 from workbench.models import Model, load
 from workbench.recipe import Recipe, as_recipe, described, to_json
 from workbench.recorder import Recorder
-from workbench.schema import RECORDABLE, UNKNOWN_TOKEN
+from workbench.schema import COUNTS, RECORDABLE, UNKNOWN_TOKEN
 from workbench.store import Writer, check_target
+from workbench.tally import Tally, Texts
 from workbench.tokenization import LongTexts, Sequence, batches, sequences, survey, token_texts
 from workbench.tracefile import Trace
 
@@ -34,6 +38,7 @@ def trace(
     out: str | Path,
     *,
     record: Iterable[str] = ("ids", "weights"),
+    group: Iterable[str] = (),
     run: str | None = None,
     mode: str = "new",
     max_tokens: int | None = None,
@@ -42,6 +47,7 @@ def trace(
     batch_tokens: int = 4096,
     generate: int = 0,
     recipe: Given | None = None,
+    experts: Experts = "auto",
     progress: bool | Callable[[int, int], None] = True,
 ) -> Trace:
     """Record the routing of every token of `corpus` under `model` into the file `out`.
@@ -49,7 +55,9 @@ def trace(
     model         what `workbench.load` returns, or a name for it
     corpus        bundled names, paths or `workbench.corpus.read(…)` results; several are traced one after the other
     record        any of `workbench.schema.RECORDABLE`; ids are always recorded, profiles are each sequence's mean
-                  router probabilities; shift and lookahead can't be recorded of every family
+                  router probabilities; shift and lookahead can't be recorded of every family. Or `counts`, alone: how
+                  often experts were chosen, and together, instead of a row a token (`workbench.counts`)
+    group         only with counts: columns of the corpus; texts that agree in all of them are counted together
     run           name of the run inside the file; by default the model's and the corpora's, and the recipe's file's
     mode          "new" (refuse an existing file), "overwrite", "append" (one more run) or "resume" (finish a run)
     max_tokens    stop after the sequence that reaches this many tokens
@@ -58,6 +66,8 @@ def trace(
     batch_tokens  padded tokens a forward pass, at most (a longer single sequence still gets a batch of its own)
     generate      greedy tokens to generate after each sequence, routed and recorded as phase "generated"
     recipe        interventions in force, whatever `workbench.intervene` takes; the run's column `recipe` has them
+    experts       "model": the checkpoint's own code, bit for bit; "fused": the workbench's; "auto": whichever is known
+                  to be faster; see `workbench.fused_experts`. The run's column `corpus` says which it was
     progress      whether to draw bars; or what is called before the first batch and after each with the tokens done and
                   their number in all: what it raises ends the run, like a KeyboardInterrupt, and comes out of here
 
@@ -71,6 +81,8 @@ def trace(
     if late is not None:
         raise InputError(f"{described(late)} is about generated tokens only: trace with --generate")
     record = _recordable(record)
+    if group and record != [COUNTS]:
+        raise InputError("group says which texts are counted together: record counts, or leave it out")
     sources = _read(corpus)
     model = model if isinstance(model, Model) else load(model)
     _check(model, max_tokens, batch_tokens, generate)
@@ -78,6 +90,7 @@ def trace(
         raise InputError(f"{model.family} doesn't predict the next token of a text: trace it without predictions")
     top_k = None if edited is None else effective_top_k(model, edited)
     recorder = Recorder(model, _observed(record))
+    implementation = which(model, experts)
     limit = _max_length(model, max_length, generate)
 
     def texts() -> Iterator[Sequence]:
@@ -85,7 +98,11 @@ def trace(
 
     bars = progress is True
     told = progress if callable(progress) else _untold
-    plan = survey(tqdm(texts(), desc="reading", unit=" texts", disable=None if bars else True, leave=False))
+    known = Texts([group] if isinstance(group, str) else group)
+    found = known.note(texts()) if record == [COUNTS] else texts()
+    plan = survey(tqdm(found, desc="reading", unit=" texts", disable=None if bars else True, leave=False))
+    rows = layer_rows(model, top_k)
+    tally = Tally(rows, model.device, known) if record == [COUNTS] else None
     names = [source.name for source in sources]
     run = run or ".".join([Path(model.name).name, "+".join(Path(name).name for name in names), *_steered(recipe)])
     request = {
@@ -97,9 +114,14 @@ def trace(
         "long_texts": long_texts,
         "batch_tokens": batch_tokens,
         "generate": generate,
+        "experts": implementation,
     }
-    with Writer(out, header(model, run, record, request, edited), layer_rows(model, top_k), mode=mode) as writer:
+    if tally is not None:
+        request |= {"blocks": tally.n_blocks, "group": known.group}
+    with Writer(out, header(model, run, record, request, edited), rows, mode=mode) as writer:
         done = writer.finished_sequences
+        if tally is not None and done:
+            tally.restore(Trace(out, run))
         total = plan.n_tokens + generate * plan.n_sequences
         bar = tqdm(
             total=total,
@@ -108,24 +130,70 @@ def trace(
             unit_scale=True,
             disable=None if bars else True,
         )
+        fused = _fused(model, implementation)
         edits = nullcontext() if edited is None else intervene(model, edited, idle=bool(done))
-        with bar, edits, recorder, torch.inference_mode():
-            named: set[int] = set()
+        with bar, fused, edits, recorder, torch.inference_mode(), ExitStack() as ending:
+            if tally is None:
+                process = _recorded(model, recorder, writer, generate, "predictions" in record)
+            else:
+                process = ending.enter_context(_counted(model, recorder, writer, generate, tally))
             n_done = 0
             told(n_done, total)
             for batch in batches(texts(), batch_tokens):
                 if not done.issuperset(sequence.seq for sequence in batch):
-                    block = run_batch(model, recorder, batch, generate, predict="predictions" in record)
-                    ids = [block.tokens[name] for name in ("token_id", "predicted") if name in block.tokens]
-                    new = set(np.unique(np.concatenate(ids)).tolist()) - named - {UNKNOWN_TOKEN}
-                    writer.add_vocabulary(token_texts(model.tokenizer, sorted(new)))
-                    writer.append(block)
-                    named |= new
+                    process(batch)
                 size = sum(len(sequence.token_ids) + generate for sequence in batch)
                 bar.update(size)
                 n_done += size
                 told(n_done, total)
     return Trace(out, run=run)
+
+
+@contextmanager
+def _fused(model: Model, experts: Literal["model", "fused"]) -> Iterator[None]:
+    """Experts by the given implementation, and fused routers with fused experts on a GPU; on a CPU they gain nothing."""
+    on_gpu = experts == "fused" and model.device.type != "cpu"
+    with fused_experts(model, experts), fused_routing(model) if on_gpu else nullcontext():
+        yield
+
+
+def _recorded(
+    model: Model, recorder: Recorder, writer: Writer, generate: int, predict: bool
+) -> Callable[[list[Sequence]], None]:
+    """What writes a row a token of a batch."""
+    named: set[int] = set()
+
+    def process(batch: list[Sequence]) -> None:
+        block = run_batch(model, recorder, batch, generate, predict=predict)
+        ids = [block.tokens[name] for name in ("token_id", "predicted") if name in block.tokens]
+        new = set(np.unique(np.concatenate(ids)).tolist()) - named - {UNKNOWN_TOKEN}
+        writer.add_vocabulary(token_texts(model.tokenizer, sorted(new)))
+        writer.append(block)
+        named.update(new)
+
+    return process
+
+
+@contextmanager
+def _counted(
+    model: Model, recorder: Recorder, writer: Writer, generate: int, tally: Tally
+) -> Iterator[Callable[[list[Sequence]], None]]:
+    """What counts a batch. All that was counted whole is written at the end, also where the run breaks off."""
+
+    def process(batch: list[Sequence]) -> None:
+        tally.add(run_pass(model, recorder, batch, generate, losses=False))
+        if tally.due:
+            write()
+
+    def write() -> None:
+        found = tally.take() if tally.whole else None
+        if found is not None:
+            writer.append(found)
+
+    try:
+        yield process
+    finally:
+        write()
 
 
 def _untold(done: int, total: int) -> None:
@@ -191,15 +259,22 @@ def layer_rows(model: Model, top_k: list[int] | None = None) -> list[dict]:
 
 def _recordable(record: Iterable[str]) -> list[str]:
     asked = {record} if isinstance(record, str) else set(record)
-    unknown = asked - set(RECORDABLE)
+    unknown = asked - {*RECORDABLE, COUNTS}
     if unknown:
-        raise InputError(f"can't record {', '.join(sorted(unknown))}: choose from {', '.join(RECORDABLE)}")
+        raise InputError(
+            f"can't record {', '.join(sorted(unknown))}: choose from {', '.join(RECORDABLE)}, or {COUNTS} alone"
+        )
+    if COUNTS in asked:
+        if len(asked) > 1:
+            others = ", ".join(sorted(asked - {COUNTS}))
+            raise InputError(f"counts stand instead of a row a token, so {others} can't be recorded beside them")
+        return [COUNTS]
     return [name for name in RECORDABLE if name in asked or name == "ids"]
 
 
 def _observed(record: Several[str]) -> set[str]:
     """What the recorder has to keep so that `record` can be written."""
-    return {"probabilities" if name == "profiles" else name for name in record} - {"ids", "predictions"}
+    return {"probabilities" if name == "profiles" else name for name in record} - {"ids", "predictions", COUNTS}
 
 
 def _check(model: Model, max_tokens: int | None, batch_tokens: int, generate: int) -> None:

@@ -14,6 +14,10 @@ TABLES = {
     "vocabulary": "One token id that occurs in a run, as text.",
     "routing": "One token at one router: whom it chose, as lists. The largest table: name the layer or the sequence.",
     "profiles": "Mean router probabilities over the tokens of one sequence at one router, where they were recorded.",
+    "loads": "How often the tokens of one text (or of a group of texts) chose each expert at one router, in a run that "
+    "counts (`--record counts`).",
+    "pairs": "How many tokens of one block of texts chose an expert and each expert of the same or the next router, in "
+    "a run that counts.",
     "selections": "One selected expert of one token at one router: `routing` with its lists unrolled (a view).",
 }
 """Table -> what one row is."""
@@ -87,6 +91,24 @@ COLUMNS = {
         "lookahead": "experts the next router would choose given this one's input, if recorded",
     },
     "profiles": {"run": _RUN, "seq": _SEQ, "layer": _LAYER, "probs": "mean probability of each expert; they sum to 1"},
+    "loads": {
+        "run": _RUN,
+        "seq": "number of the text; of a group of texts (`--group`): of its first",
+        "phase": "of the tokens: template, prompt or generated; null where groups of texts are counted",
+        "block": "number of the block of texts, as in `pairs`",
+        "layer": _LAYER,
+        "counts": "tokens that chose each expert, by its id from 0",
+        "tokens": "tokens that chose 0, 1, 2, … experts",
+    },
+    "pairs": {
+        "run": _RUN,
+        "block": "number of the block: texts are put into blocks at random, to say how sure the numbers are",
+        "layer": _LAYER,
+        "other": "the same router, or the next",
+        "expert": "id of an expert of `layer`; null is any expert",
+        "tokens": "tokens that chose the expert, and any expert of `other`",
+        "counts": "those of them that chose each expert of `other`, by its id from 0",
+    },
     "selections": {
         "run": _RUN,
         "seq": _SEQ,

@@ -45,6 +45,8 @@ def export(
     _check_suffix(out, ".csv", ".parquet")
     with schema.reading(path) as con:
         run = None if run is None else schema.find_run(con, path, run)
+        if table not in schema.tables(version := schema.version_of(con)):
+            raise InputError(f"{path} has trace format {version}, which has no table {table!r}: nothing was counted.")
     if out.exists() and out.samefile(path):
         raise InputError(f"{out} is the trace itself; give another name to --out.")
     with new_file(out, overwrite) as temporary, schema.copying(path) as con:

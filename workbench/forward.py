@@ -1,5 +1,6 @@
 """One batch of sequences through the model, as the block of a trace: padding removed, in NumPy."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,80 @@ from workbench.store import Block
 from workbench.tokenization import Sequence
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A batch of B sequences that went through the model, S positions with padding, n tokens without.
+
+    observed   one Observation a layer
+    kept       bool (B, S), on the model's device: where a token is
+    ids        int64 (B, S)
+    phase      uint8 (n,): codes into PHASES, in the order of `kept`
+    nll        float32 (n,), None where it wasn't asked for
+    predicted  int64 (B, S), None where it wasn't asked for
+    generated  tokens that were generated after each sequence
+    """
+
+    batch: list[Sequence]
+    observed: list[Observation]
+    kept: torch.Tensor
+    ids: torch.Tensor
+    phase: np.ndarray
+    nll: np.ndarray | None
+    predicted: torch.Tensor | None
+    generated: list[int]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, with those that were generated."""
+        return [len(sequence.token_ids) + n for sequence, n in zip(self.batch, self.generated, strict=True)]
+
+    def sequences(self) -> list[dict[str, Any]]:
+        """The rows of the table `sequences`."""
+        if self.kept.sum(1).tolist() != self.lengths:
+            raise RunError("the attention mask lost tokens of a sequence")
+        return [
+            {
+                "seq": sequence.seq,
+                "sha256": sequence.sha256,
+                "n_prompt": len(sequence.token_ids),
+                "n_tokens": n,
+                "lang": sequence.lang,
+                "domain": sequence.domain,
+                "source": sequence.source,
+                "segment_id": sequence.segment_id,
+                "metadata": sequence.metadata,
+            }
+            for sequence, n in zip(self.batch, self.lengths, strict=True)
+        ]
+
+
 def run_batch(
     model: Model, recorder: Recorder, batch: list[Sequence], generate: int = 0, *, predict: bool = False
 ) -> Block:
-    """The batch through the model; RunError says at which text it broke off.
+    """The batch through the model, as the block of a trace; RunError says at which text it broke off.
 
     predict  add the model's own predictions to the tokens: `predicted`
     """
+    return _block(run_pass(model, recorder, batch, generate, predict=predict))
+
+
+def run_pass(
+    model: Model,
+    recorder: Recorder,
+    batch: list[Sequence],
+    generate: int = 0,
+    *,
+    predict: bool = False,
+    losses: bool = True,
+) -> Pass:
+    """The batch through the model; RunError says at which text it broke off.
+
+    predict  whether to keep the model's own predictions, losses whether to compute each token's nll
+    """
     try:
         if generate:
-            return _generated(model, recorder, batch, generate, predict)
-        return _forward(model, recorder, batch, predict)
+            return _generated(model, recorder, batch, generate, predict, losses)
+        return _forward(model, recorder, batch, predict, losses)
     except RunError:
         raise
     except (RuntimeError, MemoryError) as error:
@@ -60,7 +124,7 @@ def reads_twice(model: Model) -> bool:
     return bool(getattr(getattr(model.module, "config", None), "is_encoder_decoder", False))
 
 
-def _forward(model: Model, recorder: Recorder, batch: list[Sequence], predict: bool) -> Block:
+def _forward(model: Model, recorder: Recorder, batch: list[Sequence], predict: bool, losses: bool) -> Pass:
     """One forward pass over whole sequences.
 
     An encoder–decoder model reads the text in the encoder and again, teacher-forced, in the decoder, so that a
@@ -71,12 +135,12 @@ def _forward(model: Model, recorder: Recorder, batch: list[Sequence], predict: b
     logits = getattr(model.module(input_ids=ids, attention_mask=mask, use_cache=False, **decoder), "logits", None)
     (observed,) = recorder.take()
     kept = mask.bool()
-    nll = np.full(int(kept.sum()), np.nan, dtype=np.float32)
-    if logits is not None and logits.shape[:2] == ids.shape and predicts_next(model) and not decoder:
+    nll = np.full(int(kept.sum()), np.nan, dtype=np.float32) if losses else None
+    if losses and logits is not None and logits.shape[:2] == ids.shape and predicts_next(model) and not decoder:
         nll = next_token_nll(logits, ids)[kept].cpu().numpy()
     predicted = logits.argmax(-1) if predict and logits is not None else None
     phase = np.concatenate([sequence.phase for sequence in batch])
-    return _block(batch, observed, kept, ids, phase, nll, predicted, generated=[0] * len(batch))
+    return Pass(batch, observed, kept, ids, phase, nll, predicted, generated=[0] * len(batch))
 
 
 def predicts_next(model: Model) -> bool:
@@ -92,7 +156,7 @@ def next_token_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return nll
 
 
-def _generated(model: Model, recorder: Recorder, batch: list[Sequence], n: int, predict: bool) -> Block:
+def _generated(model: Model, recorder: Recorder, batch: list[Sequence], n: int, predict: bool, losses: bool) -> Pass:
     """Greedy generation with the KV cache, recorded step by step.
 
     Predictions are known from the last token of the prompt on: for those before, the model computes no logits.
@@ -111,7 +175,7 @@ def _generated(model: Model, recorder: Recorder, batch: list[Sequence], n: int, 
         num_beams=1,
         pad_token_id=pad,
         return_dict_in_generate=True,
-        output_logits=True,
+        output_logits=predict or losses,
     )
     forwards = recorder.take()
     observed = [_joined([forward[layer] for forward in forwards]) for layer in range(len(model.layers))]
@@ -122,9 +186,12 @@ def _generated(model: Model, recorder: Recorder, batch: list[Sequence], n: int, 
     going = ends.cumsum(1) == 0
     kept = torch.cat([mask.bool(), going], dim=1)
     token_ids = torch.cat([ids, new], dim=1)
-    nll = torch.full(token_ids.shape, float("nan"), dtype=torch.float32, device=ids.device)
-    for step in range(steps):
-        nll[:, ids.shape[1] + step] = cross_entropy(result.logits[step].float(), new[:, step], reduction="none")
+    nll = None
+    if losses:
+        nll = torch.full(token_ids.shape, float("nan"), dtype=torch.float32, device=ids.device)
+        for step in range(steps):
+            nll[:, ids.shape[1] + step] = cross_entropy(result.logits[step].float(), new[:, step], reduction="none")
+        nll = nll[kept].cpu().numpy()
     predicted = None
     if predict:
         unknown = torch.full((len(batch), ids.shape[1] - 1), UNKNOWN_TOKEN, device=ids.device)
@@ -134,7 +201,7 @@ def _generated(model: Model, recorder: Recorder, batch: list[Sequence], n: int, 
     phase = np.concatenate(
         [np.concatenate([s.phase, np.full(g, generated, np.uint8)]) for s, g in zip(batch, lengths, strict=True)]
     )
-    return _block(batch, observed, kept, token_ids, phase, nll[kept].cpu().numpy(), predicted, generated=lengths)
+    return Pass(batch, observed, kept, token_ids, phase, nll, predicted, generated=lengths)
 
 
 def _joined(steps: list[Observation]) -> Observation:
@@ -147,49 +214,24 @@ def _joined(steps: list[Observation]) -> Observation:
     return Observation(**fields)
 
 
-def _block(
-    batch: list[Sequence],
-    observed: list[Observation],
-    kept: torch.Tensor,
-    ids: torch.Tensor,
-    phase: np.ndarray,
-    nll: np.ndarray,
-    predicted: torch.Tensor | None,
-    generated: list[int],
-) -> Block:
-    """Padding removed, as NumPy, with metadata. kept is bool (B, S), predicted int64; nll and phase are of n tokens."""
-    lengths = kept.sum(1).tolist()
-    rows = [
-        {
-            "seq": sequence.seq,
-            "sha256": sequence.sha256,
-            "n_prompt": len(sequence.token_ids),
-            "n_tokens": n,
-            "lang": sequence.lang,
-            "domain": sequence.domain,
-            "source": sequence.source,
-            "segment_id": sequence.segment_id,
-            "metadata": sequence.metadata,
-        }
-        for sequence, n in zip(batch, lengths, strict=True)
-    ]
-    if any(n != len(s.token_ids) + g for s, n, g in zip(batch, lengths, generated, strict=True)):
-        raise RunError("the attention mask lost tokens of a sequence")
+def _block(ran: Pass) -> Block:
+    """Padding removed, as NumPy, with metadata."""
+    rows, kept, lengths = ran.sequences(), ran.kept, ran.lengths
     places = None if bool(kept.all()) else kept.flatten().nonzero().squeeze(1)
     tokens = {
-        "seq": np.repeat(np.array([s.seq for s in batch], dtype=np.int32), lengths),
+        "seq": np.repeat(np.array([row["seq"] for row in rows], dtype=np.int32), lengths),
         "pos": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-        "token_id": _rows(ids, places).to(torch.int32).cpu().numpy(),
-        "phase": phase,
-        "nll": nll,
+        "token_id": _rows(ran.ids, places).to(torch.int32).cpu().numpy(),
+        "phase": ran.phase,
+        "nll": np.full(sum(lengths), np.nan, np.float32) if ran.nll is None else ran.nll,
     }
-    if predicted is not None:
-        tokens["predicted"] = _rows(predicted, places).to(torch.int32).cpu().numpy()
+    if ran.predicted is not None:
+        tokens["predicted"] = _rows(ran.predicted, places).to(torch.int32).cpu().numpy()
     return Block(
         sequences=rows,
         tokens=tokens,
-        routing=[routing(layer, places) for layer in observed],
-        profiles=None if observed[0].probabilities is None else [_profile(layer, kept) for layer in observed],
+        routing=[routing(layer, places) for layer in ran.observed],
+        profiles=None if ran.observed[0].probabilities is None else [_profile(layer, kept) for layer in ran.observed],
     )
 
 

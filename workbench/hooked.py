@@ -1,4 +1,4 @@
-"""Which models are being recorded and which intervened on right now, for the two to know of each other."""
+"""Which models are recorded, intervened on or routed by fused code right now, for the three to know of each other."""
 
 from __future__ import annotations
 
@@ -11,3 +11,5 @@ RECORDED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """Module of a model -> recorders of it that are inside their `with`."""
 INTERVENED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 """Module of a model -> the `workbench.intervening.Intervened` in force."""
+FUSED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""Router -> the `workbench.fused_routing.Fused` that runs instead of its own code."""

@@ -33,7 +33,7 @@ from workbench.edits import Choosing, Plan, among, plan, weigh
 from workbench.errors import InputError, RunError
 from workbench.fitting import per_layer
 from workbench.forward import reads_twice
-from workbench.hooked import INTERVENED, RECORDED
+from workbench.hooked import FUSED, INTERVENED, RECORDED
 from workbench.interventions import AnyIntervention, Contrast, Intervention, OnExperts, RandomExperts, Replay
 from workbench.layers import Layer, family_of
 from workbench.models import Model, load, twin
@@ -75,7 +75,7 @@ def in_force(model: Model, applied: Intervened) -> Iterator[None]:
     try:
         place = applied.contrast
         # Made before any hook is there to be copied.
-        weak = None if place is None else load(twin(model.module), tokenizer=model.tokenizer)
+        weak = None if place is None else _copied(model)
         with ExitStack() as held:
             held.enter_context(applied.hooked())
             if weak is not None and place is not None:
@@ -84,6 +84,15 @@ def in_force(model: Model, applied: Intervened) -> Iterator[None]:
             yield
     finally:
         INTERVENED.pop(model.module, None)
+
+
+def _copied(model: Model) -> Model:
+    """The model with modules of its own, each running the family's code."""
+    copied = load(twin(model.module), tokenizer=model.tokenizer)
+    for layer, own in zip(model.layers, copied.layers, strict=True):
+        if layer.router in FUSED:
+            del own.router.forward
+    return copied
 
 
 def check(model: Model, recipe: Given) -> None:
@@ -275,10 +284,30 @@ class Intervened:
             self._prompt = self._padding = None
 
     def _route(self, one: Plan, selecting: bool, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The router, or the method of its block that selects, with its functions watched."""
+        """The router, or the method of its block that selects, edited: by fused code if it can, or watched."""
         if INTERVENED.get(self._model.module) is not self:  # put back by something that was left in the wrong order
             return original(*args, **kwargs)
         now, layer = self._now(one.layer), one.layer
+        fused = FUSED.get(layer.router)
+        if fused is not None and fused.takes(one):
+            out = fused.edited(one, partial(self._where, now), *args, **kwargs)
+        else:
+            out = self._watched(one, selecting, now, original if fused is None else fused.own, *args, **kwargs)
+        if not selecting:
+            return out
+        if layer.index not in now.counted:
+            now.counted.add(layer.index)
+            replay = () if one.replay is None else (one.replay,)
+            edits = (*one.logits, *one.choice, *one.counts, *one.top_p, *replay)
+            for edit in {id(edit): edit for edit in edits}.values():
+                self.count(self._place[id(edit)], self._size(now, edit.scope))
+        return out
+
+    def _watched(
+        self, one: Plan, selecting: bool, now: scope.Pass, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The family's own code, edited by what it calls."""
+        layer = one.layer
         mode = Choosing(one, partial(self._where, now), partial(self._recorded, now, layer))
         with ExitStack() as held:
             if one.uniform is not None and family_of(layer.router) == "inkling":
@@ -288,16 +317,8 @@ class Intervened:
         if selecting and layer.selector[0] is not layer.router:
             mode.logits = self._modes[layer.index].logits
         self._modes[layer.index] = mode
-        if not selecting:
-            return out
-        if (one.selects and not mode.selected) or (one.logits and mode.logits is None):
+        if selecting and ((one.selects and not mode.selected) or (one.logits and mode.logits is None)):
             raise RunError(f"{layer.name} routes in a way that can't be seen (fused kernels?), so it can't be edited.")
-        if layer.index not in now.counted:
-            now.counted.add(layer.index)
-            replay = () if one.replay is None else (one.replay,)
-            edits = (*one.logits, *one.choice, *one.counts, *one.top_p, *replay)
-            for edit in {id(edit): edit for edit in edits}.values():
-                self.count(self._place[id(edit)], self._size(now, edit.scope))
         return out
 
     def _weighing(self, one: Plan) -> Callable[[], None]:

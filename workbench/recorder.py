@@ -19,8 +19,8 @@ What the options mean, with z the logits, s the scores and E experts:
     entropy        -sum(p ln p) in nats, from p over all experts; NaN in hash layers
     margin         k-th minus (k+1)-th score as the family's own last top-k saw them: with selection bias and group
                    mask; NaN where nothing was left to choose from (k = E, or all else masked) and in hash layers
-    norms          L2 norm of each selected expert's output before the gate weight. Standard layouts compute the
-                   selected experts a second time, on the side: about twice the experts' cost
+    norms          L2 norm of each selected expert's output before the gate weight. Fused experts know it; else standard
+                   layouts compute the selected experts a second time, on the side: about twice the experts' cost
     shift          max(0, 1 - cos(x, x + r)), how far the routed experts turn the residual stream; see `residual`
     lookahead      ids that the next layer's router chooses when it is given this layer's router input; see `lookahead`
 """
@@ -38,7 +38,8 @@ from torch.utils.hooks import RemovableHandle
 from workbench import lookahead, residual
 from workbench.contributions import contributions, filler
 from workbench.errors import InputError, RunError
-from workbench.hooked import INTERVENED, RECORDED
+from workbench.fused_experts import gives_norms, listen
+from workbench.hooked import FUSED, INTERVENED, RECORDED
 from workbench.layers import Layer
 from workbench.models import Model
 from workbench.observation import Observation, Seen, chosen, observation, unsort
@@ -153,6 +154,10 @@ class Recorder:
 
     def _hook(self, layer: Layer) -> None:
         """Register what this layer's layout needs."""
+        fused = FUSED.get(layer.router)
+        if fused is not None and self._record & {"entropy", "margin"}:
+            fused.wanted += 1
+            self._restore.append(lambda: setattr(fused, "wanted", fused.wanted - 1))
         keep = self._handles.append
         layout = layer.family.layout
         if self._record & {"logits", "entropy", "probabilities"}:
@@ -161,6 +166,8 @@ class Recorder:
             keep(place.register_forward_hook(lambda _m, _a, out: self._logits(layer, out)))
         if "margin" in self._record or layout == "product keys":
             self._watch(layer)
+        if layout == "standard" and "norms" in self._record:
+            self._restore.append(listen(layer.experts, lambda norms: self._add(layer, "norms", norms)))
         if layout in ("standard", "one-hot"):
             keep(
                 layer.experts.register_forward_pre_hook(
@@ -208,7 +215,7 @@ class Recorder:
 
     def _consumed(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, ids, weights = (*args, *kwargs.values())[:3]  # the families name these differently
-        if "norms" in self._record:
+        if "norms" in self._record and not gives_norms(layer.experts):
             self._extras["norms"] = _norms(layer, hidden, ids, weights)
         self._close(layer, (ids.detach(), weights.detach()))
 
@@ -222,10 +229,13 @@ class Recorder:
         z = z.reshape(-1, z.shape[-1])
         if "logits" in self._record:
             self._extras["logits"] = z[:, : layer.n_experts]
-        if not self._record & {"entropy", "probabilities"}:
+        routed = _fused(layer)
+        if "entropy" in self._record and routed is not None:
+            self._extras["entropy"] = routed.entropy.detach()
+        if not self._record & ({"probabilities"} if routed is not None else {"entropy", "probabilities"}):
             return
         log_p = log_probabilities(z, layer.scoring)
-        if "entropy" in self._record:
+        if "entropy" in self._record and routed is None:
             self._extras["entropy"] = entropy(log_p)
         if "probabilities" in self._record:
             self._extras["probabilities"] = log_p[:, : layer.n_experts].exp()
@@ -260,7 +270,10 @@ class Recorder:
         def watched(*args: Any, **kwargs: Any) -> Any:
             with Selection(layer.family.selects) as selection:
                 out = original(*args, **kwargs)
-            if "margin" in self._record and layer.scoring != "hash":
+            routed = _fused(layer)
+            if "margin" in self._record and routed is not None:
+                self._extras["margin"] = routed.margin.detach()
+            elif "margin" in self._record and layer.scoring != "hash":
                 if selection.scores is None:
                     raise RunError(
                         f"{layer.name} selected experts without a {layer.family.selects} that can be seen: the margin "
@@ -279,6 +292,12 @@ class Recorder:
 
         setattr(module, method, watched)
         self._restore.append(restore)
+
+
+def _fused(layer: Layer) -> Any:
+    """The `Routed` of the router's last call, where that was fused code."""
+    fused = FUSED.get(layer.router)
+    return None if fused is None else fused.routed
 
 
 def _norms(layer: Layer, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

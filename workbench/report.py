@@ -216,6 +216,7 @@ def run_facts(trace: Trace, facts: dict[Any, Any], sequences: pd.DataFrame) -> l
         ("family", facts["family"]),
         ("engine", " ".join(str(part) for part in (facts["engine"], facts["dtype"]) if present(part))),
         ("recorded", ", ".join(sorted(trace.recorded))),
+        ("experts", {"fused": "fused code", "model": "the model's own code"}.get(corpus.get("experts", ""))),
         ("corpora", ", ".join(corpus.get("names", []))),
         ("corpus fingerprint", corpus.get("fingerprint")),
         ("languages", counted(sequences, "lang")),
@@ -264,6 +265,8 @@ def commands(trace: Trace, facts: dict[Any, Any], out: Path) -> str:
         }.items():
             if present(corpus.get(key)):
                 parts += [option, str(corpus[key])]
+        if corpus.get("group"):
+            parts += ["--group", ",".join(corpus["group"])]
         if corpus.get("generate"):
             parts += ["--generate", str(corpus["generate"])]
         lines.append(shlex.join(parts))

@@ -7,12 +7,17 @@
     vocabulary  one token id that occurs
     routing     one token at one router: ids and weights as lists, written layer by layer inside a transaction
     profiles    mean router probabilities over the tokens of one sequence at one router
+    loads       a run that counts: how often the tokens of one text, or of one group of texts, chose each expert
+    pairs       a run that counts: how many tokens of one block of texts chose one expert and another
     selections  view: one selected expert
     format      one row: the version of all this
 
 `routing.weights` are fixed point: the weight is `weights / 65535 * scale`, in single precision. `scale` is 1 where the
 row's largest weight is at most 1, otherwise the smallest power of two that is at least the largest weight.
 A token for which a router chose no expert (dropped, or not seen by that router) has an empty list.
+
+A run that counts (`recorded` is just `counts`, see `workbench.counts`) has no rows in tokens, vocabulary, routing and
+profiles; all others have none in loads and pairs.
 """
 
 import os
@@ -29,7 +34,7 @@ from workbench.errors import InputError
 
 T = TypeVar("T")
 
-FORMAT = 2
+FORMAT = 3
 """Version of the tables. An older file is read as it is, and migrated when a run is written to it."""
 
 PHASES = ("template", "prompt", "generated")
@@ -38,7 +43,10 @@ PHASES = ("template", "prompt", "generated")
 RECORDABLE = (
     "ids", "weights", "entropy", "margin", "logits", "norms", "profiles", "shift", "lookahead", "predictions",
 )  # fmt: skip
-"""What `runs.recorded` can name. `ids` is always there."""
+"""What `runs.recorded` can name of each token. `ids` is always there, but for runs that count."""
+
+COUNTS = "counts"
+"""What `runs.recorded` names, alone, where choices were counted instead."""
 
 STATUSES = ("running", "finished", "interrupted", "failed")
 
@@ -51,6 +59,13 @@ READ_WAIT = 10.0
 # Row groups of 122,880 rows leave the last block of each column half empty: blocks of 128 kB instead of DuckDB's 256 kB
 # save 4% of the file. Below 64 kB the small columns no longer compress.
 BLOCK_SIZE = 131_072
+
+COUNTED = """
+CREATE TABLE loads (
+    run VARCHAR, seq INTEGER, phase phase, block USMALLINT, layer USMALLINT, counts BIGINT[], tokens BIGINT[]);
+CREATE TABLE pairs (
+    run VARCHAR, block USMALLINT, layer USMALLINT, other USMALLINT, expert USMALLINT, tokens BIGINT, counts BIGINT[]);
+"""
 
 SCHEMA = f"""
 CREATE TYPE phase AS ENUM {PHASES};
@@ -71,6 +86,7 @@ CREATE TABLE routing (
     run VARCHAR, seq INTEGER, pos INTEGER, layer USMALLINT, scale FLOAT, experts USMALLINT[], weights USMALLINT[],
     entropy FLOAT, margin FLOAT, logits FLOAT[], norms FLOAT[], shift FLOAT, lookahead USMALLINT[]);
 CREATE TABLE profiles (run VARCHAR, seq INTEGER, layer USMALLINT, probs FLOAT[]);
+{COUNTED}
 CREATE VIEW selections AS
     SELECT run, seq, pos, layer, unnest(range(len(experts)))::USMALLINT AS rank, unnest(experts) AS expert,
         unnest(weights)::FLOAT / 65535::FLOAT * scale AS weight
@@ -82,12 +98,18 @@ MIGRATIONS = {
         "ALTER TABLE tokens ADD COLUMN predicted INTEGER",
         "ALTER TABLE routing ADD COLUMN shift FLOAT",
         "ALTER TABLE routing ADD COLUMN lookahead USMALLINT[]",
-    )
+    ),
+    2: (COUNTED,),
 }
 """What turns a file of one format into one of the next."""
 
-TABLES = ("runs", "layers", "sequences", "tokens", "vocabulary", "routing", "profiles", "selections")
+TABLES = (
+    "runs", "layers", "sequences", "tokens", "vocabulary", "routing", "profiles", "loads", "pairs", "selections",
+)  # fmt: skip
 """What can be queried and exported; the last one is a view."""
+
+_SINCE = {"loads": 3, "pairs": 3}
+"""The format that a table came with, where that isn't the first."""
 
 # Every read-only connection of a process has these same settings, because DuckDB shares one instance among connections
 # to the same file and refuses a second one that is configured differently.
@@ -230,7 +252,7 @@ def _check(con: duckdb.DuckDBPyConnection, path: Path) -> None:
         )
     if version not in (*MIGRATIONS, FORMAT):
         raise InputError(f"{path} has trace format {version}, which this workbench can't read or migrate. Trace again.")
-    if missing := set(TABLES) - {"selections"} - found:
+    if missing := set(tables(version)) - {"selections"} - found:
         raise InputError(f"{path} lacks the tables {', '.join(sorted(missing))}: it was changed after it was written.")
     # DuckDB opens a truncated file and fails only on the first query that needs the lost part. Only blocks in use
     # count: free ones at the end of the file may never have been written.
@@ -239,6 +261,11 @@ def _check(con: duckdb.DuckDBPyConnection, path: Path) -> None:
             f"{path} is cut short: {path.stat().st_size:,} bytes of at least {blocks * block_size:,}. "
             "Copy it again from where it came, or trace again."
         )
+
+
+def tables(version: int) -> tuple[str, ...]:
+    """Those of TABLES that a file of this format has."""
+    return tuple(name for name in TABLES if _SINCE.get(name, 1) <= version)
 
 
 def version_of(con: duckdb.DuckDBPyConnection) -> int:

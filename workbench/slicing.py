@@ -26,11 +26,12 @@ def where(trace: Trace, text: str) -> Trace:
 def sample(trace: Trace, n_tokens: int, seed: int = 0) -> Trace:
     """Whole texts drawn at random, without replacement, until they have `n_tokens` tokens or more.
 
-    A trace with no more tokens than that is returned as it is. The same seed draws the same texts.
+    A trace with no more tokens than that is returned as it is, and so is a run that counts: it is small already, and
+    its pairs can't be taken apart. The same seed draws the same texts.
     """
     if n_tokens < 1:
         raise InputError(f"n_tokens is {n_tokens}; expected at least 1 token to sample.")
-    if trace.n_tokens <= n_tokens:
+    if trace.n_tokens <= n_tokens or trace.counted:
         return trace
     sequences = trace.sequences()
     text = text_codes(sequences)

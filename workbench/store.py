@@ -20,12 +20,13 @@ import duckdb
 import filelock
 
 from workbench import schema
+from workbench.counts import Counts, CountsTransaction
 from workbench.errors import InputError, RunError
 from workbench.routing import NO_EXPERT
-from workbench.schema import PHASES, RECORDABLE, UNKNOWN_TOKEN
+from workbench.schema import COUNTS, PHASES, RECORDABLE, UNKNOWN_TOKEN
 from workbench.transaction import Block, Transaction, as_json, clean, insert_rows
 
-__all__ = ["PHASES", "RECORDABLE", "UNKNOWN_TOKEN", "Block", "Writer", "check_target"]
+__all__ = ["PHASES", "RECORDABLE", "UNKNOWN_TOKEN", "Block", "Counts", "Writer", "check_target"]
 
 MODES = ("new", "overwrite", "append", "resume")
 QUEUE_BYTES = 16 << 20
@@ -60,8 +61,8 @@ def check_target(path: str | os.PathLike, mode: str) -> None:
 class Writer:
     """Appends blocks to one run of a trace; use it as a context manager.
 
-    run     run (its name, unique in the file), model, revision, family, engine, dtype, recorded (of RECORDABLE), and as
-            anything that JSON can hold: recipe, corpus, versions
+    run     run (its name, unique in the file), model, revision, family, engine, dtype, recorded (of RECORDABLE, or
+            just COUNTS), and as anything that JSON can hold: recipe, corpus, versions
     layers  one dict a router, in order of execution: name, n_experts, top_k, n_shared, gating, stack
     mode    "new" refuses an existing file; "overwrite" replaces it (the old one stays beside it, as `.NAME.before`,
             until the new run has finished); "append" adds a run; "resume" continues the run of that name, or begins it
@@ -83,7 +84,7 @@ class Writer:
         self._before = self.path.parent / f".{self.path.name}.before"
         self._known_tokens: set[int] = set()
         self._committed = [0, 0]  # sequences, tokens
-        self._queue: deque[Block | dict[int, str]] = deque()
+        self._queue: deque[Block | Counts | dict[int, str]] = deque()
         self._queued = 0  # bytes
         self._changed = threading.Condition()
         self._closing = False
@@ -107,8 +108,11 @@ class Writer:
         self._thread.start()
         return self
 
-    def append(self, block: Block) -> None:
-        """Queue whole sequences; waits while the queue is full. Raises what went wrong with earlier blocks."""
+    def append(self, block: Block | Counts) -> None:
+        """Queue whole sequences; waits while the queue is full. Raises what went wrong with earlier blocks.
+
+        block  Counts in a run that counts, else a Block
+        """
         self._put(block, block.nbytes)
 
     def add_vocabulary(self, texts: Mapping[int, str]) -> None:
@@ -130,7 +134,7 @@ class Writer:
 
     # --- main thread
 
-    def _put(self, item: Block | dict[int, str], nbytes: int) -> None:
+    def _put(self, item: Block | Counts | dict[int, str], nbytes: int) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._error or not self._queued or self._queued + nbytes <= QUEUE_BYTES)
             if self._error is not None:
@@ -223,7 +227,11 @@ class Writer:
 
     def _work(self) -> None:
         """Take blocks until closed; commit when enough is pending or the oldest has waited long enough."""
-        pending = Transaction(self.run["run"], self.run["recorded"], self.layers)
+        pending: Any = (
+            CountsTransaction(self.run["run"])
+            if self.run["recorded"] == [COUNTS]
+            else Transaction(self.run["run"], self.run["recorded"], self.layers)
+        )
         try:
             done = False
             while not done:
@@ -241,14 +249,14 @@ class Writer:
                 self._queue.clear()
                 self._changed.notify_all()
 
-    def _take(self, item: Block | dict[int, str], pending: Transaction) -> None:
+    def _take(self, item: Block | Counts | dict[int, str], pending: Transaction | CountsTransaction) -> None:
         if isinstance(item, dict):
             pending.name(item, self._known_tokens)
             return
-        if pending.full(more=len(item.tokens["seq"])):
+        if pending.full(more=item.n_tokens):
             self._commit(pending)
         try:
-            pending.add(item)
+            pending.add(item)  # pyright: ignore[reportArgumentType]  # a run has one kind only
         except RunError:
             self._commit(pending)  # the blocks before the bad one are whole
             raise
@@ -256,7 +264,7 @@ class Writer:
             self._queued -= item.nbytes
             self._changed.notify_all()
 
-    def _commit(self, pending: Transaction) -> None:
+    def _commit(self, pending: Transaction | CountsTransaction) -> None:
         if pending.empty():
             return
         with schema.writing(self.path, wait=READERS_WAIT) as con:
@@ -289,11 +297,13 @@ def _run_row(run: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"a run has no {', '.join(sorted(unknown))}; expected {', '.join((*_RUN_TEXT, *_RUN_JSON))}.")
     if not run.get("run"):
         raise InputError("the run has no name: give --run NAME.")
+    row: dict[str, Any] = {name: clean(run.get(name)) for name in _RUN_TEXT}
+    row |= {name: None if run.get(name) is None else as_json(run[name]) for name in _RUN_JSON}
+    if list(run.get("recorded") or ()) == [COUNTS]:
+        return row | {"recorded": [COUNTS]}
     asked = {"ids", *(run.get("recorded") or ())}
     if unknown := asked - set(RECORDABLE):
         raise InputError(f"can't record {', '.join(sorted(unknown))}; choose from {', '.join(RECORDABLE)}.")
-    row: dict[str, Any] = {name: clean(run.get(name)) for name in _RUN_TEXT}
-    row |= {name: None if run.get(name) is None else as_json(run[name]) for name in _RUN_JSON}
     return row | {"recorded": [name for name in RECORDABLE if name in asked]}
 
 

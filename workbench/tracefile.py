@@ -24,6 +24,12 @@ from workbench.errors import InputError
 from workbench.routing import NO_EXPERT
 from workbench.transaction import to_float
 
+FROM_COUNTS = (
+    "load", "balance", "specialization", "mutual_information", "group_similarity", "coactivation", "partners",
+    "affinity",
+)  # fmt: skip
+"""The analyses that a run that counts can answer."""
+
 
 class Trace:
     """One run of a trace file, as it stood when the Trace was made: a run that goes on growing does not change it.
@@ -74,6 +80,21 @@ class Trace:
         part._index(self._seqs[kept], self._lengths[kept])
         return part
 
+    @property
+    def counted(self) -> bool:
+        """Whether the run counts choices instead of recording each token's: see `workbench.counts`."""
+        return schema.COUNTS in self.recorded
+
+    @property
+    def is_part(self) -> bool:
+        """Whether only some sequences of the run are looked at."""
+        return self._part
+
+    @property
+    def sequence_ids(self) -> np.ndarray:
+        """int32 (n_sequences,): `sequences()["seq"]`."""
+        return self._seqs
+
     def __repr__(self) -> str:
         size = f"{self.n_tokens:,} tokens, {self.n_sequences:,} sequences, {self.n_layers} layers"
         return f"Trace({str(self.path)!r}, run={self.run!r}: {size})"
@@ -113,6 +134,7 @@ class Trace:
 
     def tokens(self) -> pd.DataFrame:
         """One row a token: seq, pos, token_id (-1 unknown), phase (categorical), nll (nats, NaN unknown)."""
+        self._need("ids", "tokens")
         query, given = self._mine("SELECT seq, pos, token_id, phase, nll FROM tokens")
         with schema.reading(self.path) as con:
             frame = con.execute(f"{query} ORDER BY seq, pos", given).df()
@@ -125,6 +147,7 @@ class Trace:
 
     def sequence_index(self) -> np.ndarray:
         """int32 (n_tokens,): the row of `sequences()` that each token belongs to."""
+        self._need("ids", "tokens")
         return np.repeat(np.arange(self.n_sequences, dtype=np.int32), self._lengths)
 
     def sql(self, query: str) -> pd.DataFrame:
@@ -231,7 +254,16 @@ class Trace:
             )
         return self._layer(after)
 
-    def _need(self, name: str) -> None:
+    def only_counts(self, what: str) -> InputError:
+        """The error where `what` isn't to be had because the run counts."""
+        return InputError(
+            f"run {self.run!r} has no {what}: it was traced with --record counts. It answers "
+            f"{', '.join(FROM_COUNTS)}; for all else trace again with --record ids,weights."
+        )
+
+    def _need(self, name: str, what: str = "") -> None:
+        if name not in self.recorded and self.counted:
+            raise self.only_counts(what or name)
         if name not in self.recorded:
             had = ", ".join(name for name in schema.RECORDABLE if name in self.recorded)
             single = name in ("entropy", "margin", "shift", "lookahead")
@@ -252,6 +284,7 @@ class Trace:
 
     def _read(self, layer: int, *columns: str) -> pa.Table:
         self._layer(layer)
+        self._need("ids", "rows of single tokens")
         query, given = self._mine(f"SELECT seq, pos, {', '.join(columns)} FROM routing", layer)
         with schema.reading(self.path) as con:
             return con.sql(query, params=given).to_arrow_table()

@@ -46,6 +46,10 @@ class Block:
     profiles: list[np.ndarray] | None = None
 
     @property
+    def n_tokens(self) -> int:
+        return len(self.tokens["seq"])
+
+    @property
     def nbytes(self) -> int:
         arrays = [*self.tokens.values(), *(self.profiles or ())]
         arrays += [getattr(layer, field.name) for layer in self.routing for field in fields(layer)]
@@ -99,7 +103,7 @@ class Transaction:
             encoded.append(_encode(routing, layer, after or layer, recorded, block.tokens, n))
         if "profiles" in self.recorded:
             self.profiles += _profiles(block, self.layers)
-        self.sequences += [_sequence_row(self.run, row) for row in block.sequences]
+        self.sequences += [sequence_row(self.run, row) for row in block.sequences]
         self.tokens.append(block.tokens)
         for rows, columns in zip(self.routing, encoded, strict=True):
             rows.append(columns)
@@ -130,15 +134,15 @@ class Transaction:
         }
         if "predictions" in self.recorded:
             columns["predicted"] = pa.array(tokens["predicted"].astype(np.int32, copy=False))
-        _insert(con, "tokens", self.run, pa.table(columns))
+        insert_columns(con, "tokens", self.run, pa.table(columns))
         if self.n_tokens:
             layers = [_rows(layer, seq, pos, blocks) for layer, blocks in enumerate(self.routing)]
             # The last layer of a stack has no column `lookahead`: nulls stand for it.
-            _insert(con, "routing", self.run, pa.concat_tables(layers, promote_options="default"))
+            insert_columns(con, "routing", self.run, pa.concat_tables(layers, promote_options="default"))
         if self.profiles:
             rows = [{"seq": seq, "layer": layer, "probs": probs} for seq, layer, probs in self.profiles]
             kinds = pa.schema([("seq", pa.int32()), ("layer", pa.uint16()), ("probs", pa.list_(pa.float32()))])
-            _insert(con, "profiles", self.run, pa.Table.from_pylist(rows, schema=kinds))
+            insert_columns(con, "profiles", self.run, pa.Table.from_pylist(rows, schema=kinds))
 
 
 _OPTIONAL = frozenset(("weights", "entropy", "margin", "logits", "norms", "shift", "lookahead"))
@@ -273,7 +277,7 @@ def _rows(layer: int, seq: pa.Array, pos: pa.Array, blocks: list[dict[str, np.nd
     return pa.table(columns)
 
 
-def _sequence_row(run: str, row: Mapping[str, Any]) -> dict[str, Any]:
+def sequence_row(run: str, row: Mapping[str, Any]) -> dict[str, Any]:
     texts = {name: clean(row.get(name)) for name in ("sha256", "lang", "domain", "source", "segment_id")}
     numbers = {name: int(row[name]) for name in ("seq", "n_prompt", "n_tokens")}
     return {"run": run, **numbers, **texts, "metadata": as_json(row.get("metadata") or {})}
@@ -311,7 +315,8 @@ def insert_rows(con: duckdb.DuckDBPyConnection, table: str, rows: list[dict[str,
     con.unregister("incoming")
 
 
-def _insert(con: duckdb.DuckDBPyConnection, table: str, run: str, rows: pa.Table) -> None:
+def insert_columns(con: duckdb.DuckDBPyConnection, table: str, run: str, rows: pa.Table) -> None:
+    """Append rows of run `run`, which name columns of `table`."""
     names = ", ".join(rows.column_names)
     # Batches are inserted in parallel. Other sizes than whole row groups would leave some partly filled, or be slower.
     batches = rows.combine_chunks().to_batches(max_chunksize=ROW_GROUP)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import duckdb
 import pandas as pd
 
-from workbench import schema
+from workbench import counts_checks, schema
 
 COLUMNS = ("severity", "check", "run", "layer", "seq", "pos", "rows", "message")
 
@@ -48,14 +48,15 @@ def validate(
             if progress is not None:
                 progress(number)
         if run is None:
-            found += _broken(con, _ORPHANS, None)
+            found += _broken(con, _orphans(version), None)
     frame = pd.DataFrame(found, columns=list(COLUMNS))
     return frame.astype({"layer": "Int64", "seq": "Int64", "pos": "Int64", "rows": "int64"})
 
 
 def _broken(con: duckdb.DuckDBPyConnection, check: Check, run: str | None) -> list[tuple]:
+    since = schema.version_of(con) if run is not None else 0
     query = f"""
-        {_OF_RUN if run is not None else "WITH"}
+        {"WITH" if run is None else _OF_RUN if since < 3 else _OF_RUN + _OF_COUNTS}
         broken AS ({check.sql}),
         told AS (
             SELECT (layer, seq, pos) AS place,
@@ -79,6 +80,11 @@ _OF_RUN = """
     v AS (SELECT * FROM vocabulary WHERE run = $run),
     x AS (SELECT * FROM routing WHERE run = $run),
     p AS (SELECT * FROM profiles WHERE run = $run),
+    w AS (FROM s WHERE (SELECT recorded IS DISTINCT FROM ['counts'] FROM r)),
+"""
+_OF_COUNTS = """
+    o AS (SELECT * FROM loads WHERE run = $run),
+    c AS (SELECT * FROM pairs WHERE run = $run),
 """
 
 
@@ -127,17 +133,18 @@ def _whole_layers(condition: str, message: str) -> str:
 def _one_row_each(table: str, keys: str, per: str) -> str:
     """Sequences (in each layer) that lack a row for a position, or have one twice or beyond their end.
 
-    What a whole sequence adds up to is compared first; only those that differ are looked through position by position.
+    A run that counts has no such rows. What a whole sequence adds up to is compared first; only those that differ are
+    looked through position by position.
     """
     match = " AND ".join(f"odd.{key} = one.{key}" for key in keys.split(", "))
     return f"""
         SELECT seq, pos, {per} AS layer, format('{{}} rows at this position; expected exactly one', n) AS message
         FROM (
-            WITH every AS (SELECT seq, unnest(range(n_tokens))::INTEGER AS pos FROM s),
+            WITH every AS (SELECT seq, unnest(range(n_tokens))::INTEGER AS pos FROM w),
             sums AS (SELECT seq, bit_xor(hash(pos)) AS positions FROM every GROUP BY seq),
             expected AS (
                 SELECT {keys}, n_tokens, positions
-                FROM s LEFT JOIN sums USING (seq) {"CROSS JOIN l" if "layer" in keys else ""}),
+                FROM w LEFT JOIN sums USING (seq) {"CROSS JOIN l" if "layer" in keys else ""}),
             had AS (SELECT {keys}, count(*) AS n, bit_xor(hash(pos)) AS positions FROM {table} GROUP BY {keys}),
             odd AS (
                 SELECT {keys}, n_tokens FROM expected LEFT JOIN had USING ({keys})
@@ -178,7 +185,7 @@ CHECKS = (
     ),
     _of_run(
         "recorded",
-        f"recorded IS NULL OR NOT list_has_all({list(schema.RECORDABLE)}, recorded)",
+        f"NOT coalesce(list_has_all({list(schema.RECORDABLE)}, recorded) OR recorded = ['{schema.COUNTS}'], false)",
         "format('recorded is {}', recorded)",
     ),
     # layers
@@ -363,14 +370,19 @@ CHECKS = (
                AND (len(probs) IS DISTINCT FROM n_experts OR coalesce(abs(list_sum(probs) - 1) > 0.01, true)
                    OR list_min(probs) < 0)""",
     ),
+    *(Check(name, sql, since=3) for name, sql in counts_checks.CHECKS),
 )
 
-_ORPHANS = Check(
-    "orphans",
-    " UNION ALL ".join(
-        f"""SELECT NULL::INTEGER AS seq, NULL::INTEGER AS pos, NULL::INTEGER AS layer,
-            format('{table} has {{}} rows of run {{}}, which does not exist', count(*), run) AS message
-        FROM {table} WHERE run IS NULL OR run NOT IN (SELECT run FROM runs) GROUP BY run"""
-        for table in ("layers", "sequences", "tokens", "vocabulary", "routing", "profiles")
-    ),
-)
+
+def _orphans(version: int) -> Check:
+    """Rows of runs that don't exist, in a file of this format."""
+    return Check(
+        "orphans",
+        " UNION ALL ".join(
+            f"""SELECT NULL::INTEGER AS seq, NULL::INTEGER AS pos, NULL::INTEGER AS layer,
+                format('{table} has {{}} rows of run {{}}, which does not exist', count(*), run) AS message
+            FROM {table} WHERE run IS NULL OR run NOT IN (SELECT run FROM runs) GROUP BY run"""
+            for table in schema.tables(version)
+            if table not in ("runs", "selections")
+        ),
+    )

@@ -205,7 +205,7 @@ def problems() -> None:
     answer = view.workers().known(asked)
     poll.done("overview-problems")
     if answer is None or answer.cancelled:
-        rows = trace.n_tokens * trace.n_layers
+        rows = 0 if trace.counted else trace.n_tokens * trace.n_layers
         if rows > AT_ONCE or answer is not None:
             st.caption(
                 f"Every invariant of the file can be checked: {rows:,} rows of routing take about "

@@ -1,1 +1,1 @@
-"""Fast paths for traced forwards: Triton kernels and CPU code, each beside the plain torch code that it must agree with."""
+"""Fast paths for traced forwards: Triton kernels and CPU code, each beside plain torch that it must agree with."""

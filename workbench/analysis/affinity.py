@@ -26,6 +26,7 @@ from workbench.analysis.pairs import (
     SIGNIFICANT,
     chosen_layers,
     count_pairs,
+    counted_pairs,
     independent,
     linked,
     measures,
@@ -67,9 +68,12 @@ def affinity(
     later: tuple[int, np.ndarray] | None = None
     for layer in chosen:
         n_experts, n_next = experts_of(trace, layer), experts_of(trace, layer + gap)
-        before = later[1] if later and later[0] == layer else trace.experts(layer)
-        later = layer + gap, trace.experts(layer + gap)
-        pairs = count_pairs(before, later[1], n_experts, n_next, blocks)
+        if trace.counted:
+            pairs = counted_pairs(trace, layer, layer + gap)
+        else:
+            before = later[1] if later and later[0] == layer else trace.experts(layer)
+            later = layer + gap, trace.experts(layer + gap)
+            pairs = count_pairs(before, later[1], n_experts, n_next, blocks)
         found = measures(pairs, independent(pairs), n_resamples, seed)
         i, j = np.divmod(np.arange(n_experts * n_next), n_next)
         tables.append(

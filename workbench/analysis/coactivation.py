@@ -29,16 +29,14 @@ from workbench.analysis.clustering import tree
 from workbench.analysis.counting import experts_of
 from workbench.analysis.pairs import (
     SIGNIFICANT,
-    Pairs,
     chosen_layers,
-    count_pairs,
     linked,
     measures,
     most_experts,
+    pairs_within,
     text_blocks,
 )
 from workbench.analysis.resampling import q_values
-from workbench.routing import NO_EXPERT
 from workbench.tracefile import Trace
 
 MOST_PANELS = 6
@@ -63,9 +61,8 @@ def coactivation(
     tables = []
     for layer in chosen:
         n_experts = experts_of(trace, layer)
-        experts = trace.experts(layer)
-        pairs = count_pairs(experts, experts, n_experts, n_experts, blocks)
-        found = measures(pairs, chance(pairs, experts), n_resamples, seed)
+        pairs, sizes = pairs_within(trace, layer, blocks)
+        found = measures(pairs, chance_pairs(pairs.left.sum(axis=0), sizes), n_resamples, seed)
         once = np.where(np.tri(n_experts, k=-1).T > 0, found["p"], np.nan)
         i, j = np.nonzero(~np.eye(n_experts, dtype=bool))
         tables.append(
@@ -82,12 +79,6 @@ def coactivation(
         )
     frame = pd.concat(tables, ignore_index=True)
     return with_q(frame)
-
-
-def chance(pairs: Pairs, experts: np.ndarray) -> np.ndarray:
-    """Expected pairs of a layer: float64 (E, E)."""
-    sizes = np.bincount((experts != NO_EXPERT).sum(axis=1), minlength=experts.shape[1] + 1)
-    return chance_pairs(pairs.left.sum(axis=0), sizes)
 
 
 def with_q(frame: pd.DataFrame) -> pd.DataFrame:

@@ -5,7 +5,7 @@ each other), or one sequence where there is none. A *cell* is what a label belon
 label (and one stratum). Counts are kept a cell and never a token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numba import njit
 from scipy import sparse
 from scipy.special import xlogy
 
+from workbench import counts
 from workbench.errors import InputError
 from workbench.schema import PHASES
 from workbench.tracefile import Trace
@@ -34,7 +35,8 @@ class Cells:
     group      int32 (n_cells,)   label of each cell
     text       int32 (n_cells,)   text of each cell, numbered without gaps
     strata     int32 (n_cells,)   or None
-    of_token   int32 (n_tokens,)  cell of each token, -1 where the token has no label
+    of_token   int32 (n_tokens,)  cell of each token, -1 where the token has no label; in a run that counts, of each
+                                  row of `workbench.counts.rows`
     n_tokens, n_sequences         int64 (n_groups,)
     n_texts                       int64 (n_groups,)
     n_unlabelled                  sequences left out because they have no label
@@ -57,15 +59,50 @@ def sort_into_cells(trace: Trace, by: str | None, within: str | None = None) -> 
     `within` is a column of the sequences: the strata of the permutation null.
     """
     sequences = trace.sequences()
+    if trace.counted:
+        return _cells_of_counts(trace, sequences, by, within)
     of_sequence = trace.sequence_index()
     label, labels = token_labels(trace, sequences, of_sequence, by)
     return cells_of_labels(sequences, of_sequence, label, labels, within)
 
 
+def _cells_of_counts(trace: Trace, sequences: pd.DataFrame, by: str | None, within: str | None) -> Cells:
+    """The rows of a run that counts sorted into cells.
+
+    Where groups of texts were counted, what is resampled is a block of texts: `n_texts` counts those.
+    """
+    rows, groups = counts.rows(trace), counts.grouped_by(trace)
+    of_sequence = np.searchsorted(trace.sequence_ids, rows["seq"])
+    for name in (by, within) if groups else ():
+        if name is not None and name not in groups:
+            raise InputError(
+                f"run {trace.run!r} counted texts by {', '.join(groups)}, so nothing is known by {name!r}: trace again "
+                f"with --group {','.join([*groups, name])}, or without --group."
+            )
+    label, labels = token_labels(trace, sequences, of_sequence, by)
+    n_tokens = rows["n_tokens"].to_numpy()
+    if not groups:
+        return cells_of_labels(sequences, of_sequence, label, labels, within, n_tokens)
+    blocks = sequences.assign(segment_id=None)
+    blocks.loc[of_sequence, "segment_id"] = rows["block"].to_numpy()
+    cells = cells_of_labels(blocks, of_sequence, label, labels, within, n_tokens)
+    every = np.arange(len(sequences))
+    whole = cells_of_labels(sequences, every, token_labels(trace, sequences, every, by)[0], labels, within)
+    return replace(cells, n_sequences=whole.n_sequences, n_unlabelled=whole.n_unlabelled)
+
+
 def cells_of_labels(
-    sequences: pd.DataFrame, of_sequence: np.ndarray, label: np.ndarray, labels: list[str], within: str | None = None
+    sequences: pd.DataFrame,
+    of_sequence: np.ndarray,
+    label: np.ndarray,
+    labels: list[str],
+    within: str | None = None,
+    n_tokens: np.ndarray | None = None,
 ) -> Cells:
-    """Cells of tokens whose labels are known: `label` int (n_tokens,), a place in `labels`, -1 for none."""
+    """Cells of tokens whose labels are known: `label` int (n_tokens,), a place in `labels`, -1 for none.
+
+    n_tokens  int (n,) where there is a row for several tokens at once: how many
+    """
     label = label.astype(np.int64, copy=False)
     text = text_codes(sequences)[of_sequence]
     stratum = np.zeros(len(label), np.int64)
@@ -85,7 +122,7 @@ def cells_of_labels(
         text=np.unique(text[kept][first], return_inverse=True)[1].astype(np.int32),
         strata=stratum[kept][first].astype(np.int32) if within is not None else None,
         of_token=of_token,
-        n_tokens=np.bincount(label[kept], minlength=len(labels)),
+        n_tokens=np.bincount(label[kept], None if n_tokens is None else n_tokens[kept], len(labels)).astype(np.int64),
         n_sequences=np.bincount(pairs // max(len(sequences), 1), minlength=len(labels)),
         n_texts=np.bincount(np.unique(np.stack([group, text[kept][first]]), axis=1)[0], minlength=len(labels)),
         n_unlabelled=len(sequences) - len(np.unique(of_sequence[kept])),
@@ -114,7 +151,8 @@ def token_labels(
             )
         return codes.astype(np.int64)[of_sequence], [str(label) for label in labels]
     if by == "phase":
-        codes = pd.Categorical(trace.tokens()["phase"], categories=PHASES).codes
+        phase = (counts.rows(trace) if trace.counted else trace.tokens())["phase"]
+        codes = pd.Categorical(phase, categories=PHASES).codes
         return present(codes, list(PHASES))
     if by == "position":
         codes = np.digitize(trace.tokens()["pos"].to_numpy(), POSITIONS)
@@ -154,6 +192,9 @@ def no_column(sequences: pd.DataFrame, name: str) -> str:
 
 def count(trace: Trace, layer: int, cells: Cells) -> np.ndarray:
     """How often the tokens of each cell chose each expert: float64 (n_cells, n_experts)."""
+    if trace.counted:
+        kept = cells.of_token >= 0
+        return sum_by(counts.loads(trace, layer)[kept], cells.of_token[kept], len(cells.group))
     total = np.zeros((len(cells.group), experts_of(trace, layer)))
     add_choices(trace.experts(layer), cells.of_token, total)
     return total

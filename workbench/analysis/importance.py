@@ -140,7 +140,7 @@ def possible(trace: Trace, scores: Sequence[str] | None) -> list[str]:
             raise InputError(f"scores has {name!r}; expected some of {', '.join(NEEDS)}.")
         missing = [need for need in NEEDS[name] if need not in trace.recorded]
         if missing:
-            had = ",".join(sorted(trace.recorded - {"ids"} | set(missing)))
+            had = ",".join(sorted(trace.recorded - {"ids", "counts"} | set(missing)))
             raise InputError(
                 f"{name} needs {' and '.join(NEEDS[name])}, and run {trace.run!r} has no {' and no '.join(missing)}: "
                 f"trace again with --record ids,{had}."

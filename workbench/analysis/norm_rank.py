@@ -52,7 +52,7 @@ def norm_rank(trace: Trace, *, by: str | None = None, n_resamples: int = 1000, s
     Raises InputError if weights or norms were not recorded.
     """
     if missing := [name for name in ("weights", "norms") if name not in trace.recorded]:
-        had = ",".join(sorted(trace.recorded - {"ids"} | set(missing)))
+        had = ",".join(sorted(trace.recorded - {"ids", "counts"} | set(missing)))
         raise InputError(
             f"norm_rank needs weights and norms, and run {trace.run!r} has no {' and no '.join(missing)}: trace again "
             f"with --record ids,{had}."

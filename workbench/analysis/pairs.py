@@ -12,7 +12,8 @@ import pandas as pd
 from numba import njit
 from scipy import stats
 
-from workbench.analysis.counting import text_codes
+from workbench import counts
+from workbench.analysis.counting import experts_of, text_codes
 from workbench.analysis.resampling import CHUNK, draws, interval
 from workbench.errors import InputError
 from workbench.routing import NO_EXPERT
@@ -51,8 +52,18 @@ class Blocks:
 
 
 def text_blocks(trace: Trace, n_cells: int = 1, seed: int = 0) -> Blocks:
-    """Put the texts into blocks at random; n_cells is the size of the table that will be kept a block."""
-    text = text_codes(trace.sequences())[trace.sequence_index()]
+    """Put the texts into blocks at random; n_cells is the size of the table that will be kept a block.
+
+    In a run that counts they were put there when it began, whatever the seed: `text` and `of_token` are empty there.
+    """
+    if not trace.counted:
+        return drawn_blocks(text_codes(trace.sequences())[trace.sequence_index()], n_cells, seed)
+    n_texts = len(np.unique(text_codes(trace.sequences())))
+    return Blocks(np.empty(0, np.int32), np.zeros(n_texts, np.int32), len(used_blocks(trace)))
+
+
+def drawn_blocks(text: np.ndarray, n_cells: int, seed: int = 0) -> Blocks:
+    """`text_blocks` of texts whose tokens (or other rows) are known: text int (n,), the number of each row's text."""
     texts, of_token = np.unique(text, return_inverse=True)
     most = min(MOST_BLOCKS, max(FEWEST_BLOCKS, MOST_CELLS // max(n_cells, 1)))
     n_blocks = min(len(texts), most)
@@ -89,6 +100,26 @@ class Pairs:
     left: np.ndarray
     right: np.ndarray
     tokens: np.ndarray
+
+
+def used_blocks(trace: Trace) -> np.ndarray:
+    """The blocks that have texts, of a run that counts: all of them once it is finished."""
+    return np.unique(counts.rows(trace)["block"].to_numpy())
+
+
+def counted_pairs(trace: Trace, layer: int, other: int) -> Pairs:
+    """What a run that counts says of two layers, or of one."""
+    table = counts.pairs(trace, layer, other)[used_blocks(trace)]
+    return Pairs(table[:, :-1, :-1], table[:, :-1, -1], table[:, -1, :-1], table[:, -1, -1])
+
+
+def pairs_within(trace: Trace, layer: int, blocks: Blocks) -> tuple[Pairs, np.ndarray]:
+    """Pairs of one layer, and how many tokens chose 0, 1, … k experts: int64 (k + 1,)."""
+    if trace.counted:
+        return counted_pairs(trace, layer, layer), counts.load_sizes(trace, layer).sum(axis=0)
+    experts, n_experts = trace.experts(layer), experts_of(trace, layer)
+    sizes = np.bincount((experts != NO_EXPERT).sum(axis=1), minlength=experts.shape[1] + 1)
+    return count_pairs(experts, experts, n_experts, n_experts, blocks), sizes
 
 
 def count_pairs(left: np.ndarray, right: np.ndarray, n_left: int, n_right: int, blocks: Blocks) -> Pairs:

@@ -20,9 +20,9 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from workbench import figures
-from workbench.analysis.coactivation import chance
+from workbench.analysis.chance_pairs import chance_pairs
 from workbench.analysis.counting import entropy, experts_of, shares
-from workbench.analysis.pairs import chosen_layers, count_pairs, most_experts, text_blocks
+from workbench.analysis.pairs import chosen_layers, most_experts, pairs_within, text_blocks
 from workbench.analysis.resampling import CHUNK, draws, interval
 from workbench.tracefile import Trace
 
@@ -44,8 +44,8 @@ def partners(
     tables = []
     for layer in chosen:
         n_experts = experts_of(trace, layer)
-        experts = trace.experts(layer)
-        pairs = count_pairs(experts, experts, n_experts, n_experts, blocks)
+        pairs, sizes = pairs_within(trace, layer, blocks)
+        expected = chance_pairs(pairs.left.sum(axis=0), sizes)
         itself = np.eye(n_experts, dtype=bool)
         both = np.where(itself, 0, pairs.both)
         count = both.sum(axis=0)
@@ -68,7 +68,7 @@ def partners(
                     "effective_partners": effective,
                     "effective_low": effective_low,
                     "effective_high": effective_high,
-                    "expected_partners": np.exp(entropy(np.where(itself, 0, chance(pairs, experts)))),
+                    "expected_partners": np.exp(entropy(np.where(itself, 0, expected))),
                     "n_pairs": count.sum(axis=1),
                     "n_expert": pairs.left.sum(axis=0),
                     "n_experts": n_experts,

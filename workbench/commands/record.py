@@ -20,6 +20,12 @@ class LongTexts(Enum):
     cut = "cut"
 
 
+class Experts(Enum):
+    auto = "auto"
+    model = "model"
+    fused = "fused"
+
+
 class BadRows(Enum):
     refuse = "refuse"
     skip = "skip"
@@ -37,9 +43,17 @@ def trace(
     record: Annotated[
         str,
         typer.Option(
-            help="Comma-separated, of: ids weights entropy margin logits norms profiles shift lookahead predictions."
+            help="Comma-separated, of: ids weights entropy margin logits norms profiles shift lookahead predictions. "
+            "Or just counts, for corpora too large for a row a token."
         ),
     ] = "ids,weights",
+    group: Annotated[
+        str | None,
+        typer.Option(
+            help="With --record counts: columns of the corpus, as in lang,domain; texts that agree in all of them are "
+            "counted together. [default: each text by itself]"
+        ),
+    ] = None,
     run: Annotated[
         str | None, typer.Option(help="Name of the run inside the file. [default: model and corpora]")
     ] = None,
@@ -62,6 +76,13 @@ def trace(
     revision: Revision = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    experts: Annotated[
+        Experts,
+        typer.Option(
+            help="Code that the experts run: the model's own, bit for bit; fused, which differs in the last bits; or "
+            "whichever is known to be faster."
+        ),
+    ] = Experts.auto,
     resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.")] = False,
     append: Annotated[bool, typer.Option("--append", help="Add a run to an existing file.")] = False,
     overwrite: Overwrite = False,
@@ -91,7 +112,8 @@ def trace(
             loaded,
             sources,
             out,
-            record=[name.strip() for name in record.split(",") if name.strip()],
+            record=_names(record),
+            group=_names(group or ""),
             run=run,
             mode=mode,
             max_tokens=max_tokens,
@@ -100,6 +122,7 @@ def trace(
             batch_tokens=batch_tokens,
             generate=generate,
             recipe=recipe or replayed,
+            experts=experts.value,
         )
     except KeyboardInterrupt:
         kept = f"what {out} holds is whole; the same command with --resume" if out.exists() else "the same command"
@@ -111,6 +134,11 @@ def trace(
     print(f"{out}: {result.n_tokens:,} tokens of {result.n_sequences:,} texts at {result.n_layers} routers")
     print(f"next:  workbench report {out} --out {out.stem}-report.html")
     print(f"       workbench analyze specialization {out} --by lang")
+
+
+def _names(text: str) -> list[str]:
+    """Names between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _replay(text: str) -> Replay:

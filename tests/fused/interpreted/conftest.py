@@ -1,4 +1,4 @@
-"""These tests run kernels in Triton's interpreter, which has to be chosen before Triton is imported: in a process apart."""
+"""Kernels in Triton's interpreter, which has to be chosen before Triton is imported: in a process of their own."""
 
 import os
 import sys
