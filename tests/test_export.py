@@ -49,7 +49,7 @@ def test_parquet_equals_the_table(path, tmp_path, table):
     with duckdb.connect(str(path), read_only=True) as con:
         order = "ORDER BY ALL"
         expected = con.sql(f"SELECT * FROM {table} WHERE run = 'arrays' {order}").fetchall()
-    assert rows == len(expected) and (rows or table == "profiles")
+    assert rows == len(expected) and (rows or table in ("profiles", "loads", "pairs"))
     with duckdb.connect() as con:
         assert con.sql(f"SELECT * FROM '{out}' {order}").fetchall() == expected
 

@@ -151,7 +151,7 @@ def trace(
 
 @contextmanager
 def _fused(model: Model, experts: Literal["model", "fused"]) -> Iterator[None]:
-    """Experts by the given implementation, and fused routers with fused experts on a GPU; on a CPU they gain nothing."""
+    """The experts by one implementation, and fused routers with fused experts on a GPU; on a CPU they gain nothing."""
     on_gpu = experts == "fused" and model.device.type != "cpu"
     with fused_experts(model, experts), fused_routing(model) if on_gpu else nullcontext():
         yield

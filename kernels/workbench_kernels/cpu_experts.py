@@ -22,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from threading import Barrier
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,15 +56,16 @@ def experts_on_cpu(
 
     Returns (T, H) in the dtype of hidden, and float32 (T, k) or None. Products of few rows accumulate in float32.
     """
-    if not norms:  # then an expert that adds nothing doesn't matter
-        ids = ids.masked_fill(gate == 0, -1)
-    order, starts = _by_expert(ids.contiguous().view(-1).numpy(), weights.n_experts)
-    rows = order[: starts[-1]] // ids.shape[1]
-    outputs = torch.empty(len(rows) + 1, weights.width, dtype=hidden.dtype)
+    counted = ids if norms else ids.masked_fill(gate == 0, -1)  # without norms, what adds nothing doesn't matter
+    plan = _plan(counted.contiguous().view(-1).numpy(), weights.n_experts, FEW[hidden.dtype])
+    n_used = int(plan[1][-1])
+    outputs = torch.empty(n_used + 1, weights.width, dtype=hidden.dtype)
     outputs[-1] = 0
-    sizes = torch.zeros(len(rows) if norms else 0)
-    parts = _parts(weights, np.diff(starts), hidden.dtype)
-    compute = partial(_compute, weights, hidden.contiguous(), rows, starts, outputs, sizes)
+    sizes = torch.zeros(n_used if norms else 0)
+    order, starts, experts, n_few = plan
+    rows = order[:n_used] // ids.shape[1]
+    compute = partial(_compute, weights, hidden.contiguous(), rows, starts, experts, outputs, sizes)
+    parts = _parts(weights, starts, n_few)
     n_threads = min(torch.get_num_threads(), len(parts))
     if n_threads < 2:
         for part in parts:
@@ -72,28 +74,30 @@ def experts_on_cpu(
         todo = deque(parts)
         for task in [_threads(torch.get_num_threads()).submit(_work, compute, todo) for _ in range(n_threads)]:
             task.result()
-    return _combined(outputs, order, gate), _unsorted(sizes, order, ids.shape) if norms else None
+    return _combined(outputs, order, gate, norms), _unsorted(sizes, order, ids.shape) if norms else None
 
 
-def _parts(weights: ExpertWeights, sizes: np.ndarray, dtype: torch.dtype) -> list[np.ndarray | tuple[int, int, int]]:
-    """What a thread does in one go: some experts of few rows, or up to so many rows of one expert.
+Part = tuple[int, int, int, int]
+"""Of the experts in order, those from one place to before another; and the first row and the one after the last."""
 
-    sizes  int (E): rows of each expert
-    """
-    n_threads = torch.get_num_threads()
-    small = np.flatnonzero((sizes > 0) & (sizes <= FEW[dtype]))
-    work = len(small) * (weights.gate_up_proj[0].numel() + weights.down_proj[0].numel())
-    most = max(256, -(-int(sizes.sum()) // (2 * n_threads)))
+
+def _parts(weights: ExpertWeights, starts: np.ndarray, n_few: int) -> list[Part]:
+    """What a thread does in one go: some experts of few rows, or so many rows of one expert; the longest first."""
+    ends, n_threads = starts.tolist(), torch.get_num_threads()
+    alone = n_few * (weights.gate_up_proj[0].numel() + weights.down_proj[0].numel()) <= ALONE
+    each = n_few if alone else -(-n_few // n_threads)
+    few = [(at, min(at + each, n_few)) for at in range(0, n_few, each)] if n_few else []
+    most = max(256, -(-ends[-1] // (2 * n_threads)))
     large = [
-        (int(expert), first, min(first + most, int(sizes[expert])))
-        for expert in np.flatnonzero(sizes > FEW[dtype])
-        for first in range(0, int(sizes[expert]), most)
+        (place, place + 1, first, min(first + most, ends[place + 1]))
+        for place in range(n_few, len(ends) - 1)
+        for first in range(ends[place], ends[place + 1], most)
     ]
-    large.sort(key=lambda part: part[1] - part[2])
-    return [*large, *(part for part in np.array_split(small, n_threads if work > ALONE else 1) if len(part))]
+    large.sort(key=lambda part: part[2] - part[3])
+    return [*large, *((begin, end, ends[begin], ends[end]) for begin, end in few)]
 
 
-def _work(compute: Callable[..., None], todo: deque) -> None:
+def _work(compute: Callable[[Part], None], todo: deque[Part]) -> None:
     with torch.inference_mode():
         while todo:
             try:
@@ -108,28 +112,28 @@ def _compute(
     hidden: Tensor,
     rows: np.ndarray,
     starts: np.ndarray,
+    experts: np.ndarray,
     outputs: Tensor,
     norms: Tensor,
-    part: np.ndarray | tuple[int, int, int],
+    part: Part,
 ) -> None:
     """One part's outputs and norms, written where they belong; rows int64 (N): the token of each output."""
-    if isinstance(part, tuple):
-        expert, first, last = part
-        places = torch.arange(starts[expert] + first, starts[expert] + last)
-        found = _many(weights, hidden, torch.from_numpy(rows)[places], expert)
+    begin, end, first, last = part
+    x = hidden.index_select(0, torch.from_numpy(rows[first:last]))
+    if last - first > (end - begin) * FEW[hidden.dtype]:
+        found = _many(weights, x, int(experts[begin]))
     else:
-        positions = np.concatenate([np.arange(starts[expert], starts[expert + 1]) for expert in part])
-        places = torch.from_numpy(positions)
-        found = _few(weights, hidden, rows[positions], part, np.diff(starts)[part])
-    outputs[places] = found.to(outputs.dtype)
+        found = _few(weights, x, experts[begin:end], starts[begin + 1 : end + 1] - first)
+    outputs[first:last] = found
     if len(norms):
-        norms[places] = torch.linalg.vector_norm(found, dim=-1, dtype=torch.float32)
+        norms[first:last] = torch.linalg.vector_norm(found, dim=-1, dtype=torch.float32)
 
 
-def _many(weights: ExpertWeights, hidden: Tensor, rows: Tensor, expert: int) -> Tensor:
-    """Outputs (n, H) of one expert for the tokens of `rows` (n), in the dtype of hidden."""
-    n = len(rows)
-    x = hidden[F.pad(rows, (0, -n % ROUND[hidden.dtype]))]
+def _many(weights: ExpertWeights, x: Tensor, expert: int) -> Tensor:
+    """Outputs (n, H) of one expert for its rows x (n, H), in their dtype."""
+    n = len(x)
+    if fill := -n % ROUND[x.dtype]:
+        x = F.pad(x, (0, 0, 0, fill))
     first, second = weights.gate_up_proj_bias, weights.down_proj_bias
     inner = F.linear(x, weights.gate_up[expert], None if first is None else first[expert])
     inner = activate(weights.activation, *weights.halves(inner))
@@ -137,31 +141,27 @@ def _many(weights: ExpertWeights, hidden: Tensor, rows: Tensor, expert: int) -> 
     return found if weights.post_norm is None else normalise(weights.post_norm, found)
 
 
-def _few(weights: ExpertWeights, hidden: Tensor, rows: np.ndarray, experts: np.ndarray, sizes: np.ndarray) -> Tensor:
-    """Outputs float32 (n, H) of several experts, each for its next `sizes` of the tokens of `rows` (n)."""
-    own = torch.from_numpy(np.repeat(experts, sizes))
-    ends = np.cumsum(sizes)
+def _few(weights: ExpertWeights, x: Tensor, experts: np.ndarray, ends: np.ndarray) -> Tensor:
+    """Outputs float32 (n, H) of several experts for their rows x (n, H), each for those up to its end."""
+    multiply = _transposed_products if weights.transposed else _products
 
     def layer(x: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
         out = torch.empty(len(x), matrices.shape[2 if weights.transposed else 1])
-        multiply = _transposed_products if weights.transposed else _products
-        multiply(x.numpy(), experts, ends, matrices.view(BITS[matrices.dtype]).numpy(), out.numpy())
-        return out if bias is None else out.add_(bias[own])
+        multiply(x.numpy(), experts, ends, matrices.detach().view(BITS[matrices.dtype]).numpy(), out.numpy())
+        return out if bias is None else out.add_(bias[np.repeat(experts, np.diff(ends, prepend=0))])
 
-    inner = layer(hidden[torch.from_numpy(rows)].float(), weights.gate_up_proj.detach(), weights.gate_up_proj_bias)
+    inner = layer(x.float(), weights.gate_up_proj, weights.gate_up_proj_bias)
     inner = activate(weights.activation, *weights.halves(inner)).contiguous()
-    found = layer(inner, weights.down_proj.detach(), weights.down_proj_bias)
+    found = layer(inner, weights.down_proj, weights.down_proj_bias)
     return found if weights.post_norm is None else normalise(weights.post_norm, found)
 
 
-def _combined(outputs: Tensor, order: np.ndarray, gate: Tensor) -> Tensor:
+def _combined(outputs: Tensor, order: np.ndarray, gate: Tensor, norms: bool) -> Tensor:
     """(T, H): the outputs (N + 1, H) of each token, weighted and summed; the last one is 0, that of no expert."""
-    none = len(outputs) - 1
-    places = np.full(len(order), none)
-    places[order[:none]] = np.arange(none)
-    gate = gate.to(outputs.dtype)
-    where = torch.from_numpy(places).view(gate.shape).masked_fill(gate == 0, none)
-    return F.embedding_bag(where, outputs, mode="sum", per_sample_weights=gate)
+    where = torch.from_numpy(_places(order, len(outputs) - 1)).view(gate.shape)
+    if norms:
+        where = where.masked_fill(gate == 0, len(outputs) - 1)
+    return F.embedding_bag(where, outputs, mode="sum", per_sample_weights=gate.to(outputs.dtype).contiguous())
 
 
 def _unsorted(norms: Tensor, order: np.ndarray, shape: torch.Size) -> Tensor:
@@ -188,16 +188,29 @@ def _threads(n: int) -> ThreadPoolExecutor:
 
 
 @njit(nogil=True, cache=True)
-def _by_expert(ids: np.ndarray, n_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places sorted by expert, order int64 (S) with those of no expert last, and where each expert starts, (E + 1)."""
-    starts = np.zeros(n_experts + 1, dtype=np.int64)
+def _plan(ids: np.ndarray, n_experts: int, few: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Sort what was selected (S) by expert, those of at most `few` rows first.
+
+    order    int64 (S): places in ids, in each expert as they come; those of no expert last
+    starts   int64 (N + 1): where each of the N experts that were selected starts in the order, and where the last ends
+    experts  int64 (N), and how many of them have few rows
+    """
+    sizes = np.zeros(n_experts, dtype=np.int64)
     for expert in ids:
         if 0 <= expert < n_experts:
-            starts[expert + 1] += 1
-    for expert in range(n_experts):
-        starts[expert + 1] += starts[expert]
-    following, none = starts[:-1].copy(), starts[-1]
-    order = np.empty(len(ids), dtype=np.int64)
+            sizes[expert] += 1
+    n, n_few = 0, 0
+    experts, starts = np.empty(n_experts, dtype=np.int64), np.zeros(n_experts + 1, dtype=np.int64)
+    following = np.empty(n_experts, dtype=np.int64)
+    for large in (False, True):
+        for expert in range(n_experts):
+            if sizes[expert] and (sizes[expert] > few) == large:
+                experts[n], following[expert] = expert, starts[n]
+                starts[n + 1] = starts[n] + sizes[expert]
+                n += 1
+        if not large:
+            n_few = n
+    order, none = np.empty(len(ids), dtype=np.int64), starts[n]
     for place, expert in enumerate(ids):
         if 0 <= expert < n_experts:
             order[following[expert]] = place
@@ -205,14 +218,23 @@ def _by_expert(ids: np.ndarray, n_experts: int) -> tuple[np.ndarray, np.ndarray]
         else:
             order[none] = place
             none += 1
-    return order, starts
+    return order, starts[: n + 1].copy(), experts[:n].copy(), n_few
+
+
+@njit(nogil=True, cache=True)
+def _places(order: np.ndarray, n_used: int) -> np.ndarray:
+    """int64 (S): where in the order each place is; n_used where it is in none of its first n_used."""
+    places = np.full(len(order), n_used)
+    for at in range(n_used):
+        places[order[at]] = at
+    return places
 
 
 @intrinsic
-def _wide(_context, value):  # type: ignore[no-untyped-def]
+def _wide(_context: Any, value: Any = None) -> Any:  # numba gives the context
     """float32 from float32, from the bits of a bfloat16 (uint16) or from those of a float16 (int16)."""
 
-    def generate(_codegen, builder, _signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(_codegen: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         (bits,) = arguments
         if value == types.uint16:
             wide = builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))

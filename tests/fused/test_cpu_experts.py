@@ -176,11 +176,18 @@ def test_rows_that_are_not_contiguous(way: str):
         assert found is not None and expected is not None and torch.equal(found, expected)
 
 
-@given(st.lists(st.integers(-1, 9), max_size=300), st.integers(1, 9))
+@given(st.lists(st.integers(-1, 9), max_size=300), st.integers(1, 9), st.integers(0, 40))
 @settings(deadline=None, max_examples=60)
-def test_sorting_is_that_of_numpy(ids: list[int], n_experts: int):
+def test_experts_of_few_rows_come_first(ids: list[int], n_experts: int, few: int):
     given_ids = np.array(ids, dtype=np.int64)
-    order, starts = cpu_experts._by_expert(given_ids, n_experts)
-    inside = np.where((given_ids >= 0) & (given_ids < n_experts), given_ids, n_experts)
-    assert order.tolist() == np.argsort(inside, kind="stable").tolist()
-    assert starts.tolist() == [int((inside < expert).sum()) for expert in range(n_experts + 1)]
+    order, starts, experts, n_few = cpu_experts._plan(given_ids, n_experts, few)
+    sizes = [ids.count(expert) for expert in range(n_experts)]
+    used = [expert for expert in range(n_experts) if sizes[expert]]
+    assert experts.tolist() == sorted(used, key=lambda expert: sizes[expert] > few)
+    assert n_few == sum(sizes[expert] <= few for expert in used)
+    for expert, start, end in zip(experts, starts, starts[1:], strict=False):
+        assert order[start:end].tolist() == np.flatnonzero(given_ids == expert).tolist()
+    assert sorted(order.tolist()) == list(range(len(ids)))
+    places = cpu_experts._places(order, int(starts[-1]))
+    assert all(order[at] == n for n, at in enumerate(places) if at < starts[-1])
+    assert [at < starts[-1] for at in places] == [0 <= expert < n_experts for expert in ids]

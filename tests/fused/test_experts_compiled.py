@@ -9,8 +9,8 @@ from math import inf
 from typing import Any
 
 import pytest
-from fused.compiled import SHARED, TARGETS, TENSOR_CORES, Compiled, compiled
 
+from workbench_kernels.compiled import SHARED, TARGETS, TENSOR_CORES, Compiled, compiled
 from workbench_kernels.experts_kernel import CONFIGS, FLOAT32, Config, down_kernel, gate_up_kernel
 from workbench_kernels.jit import tl
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from fused.compiled import SHARED, TARGETS, Compiled, compiled
 
+from workbench_kernels.compiled import SHARED, TARGETS, Compiled, compiled
 from workbench_kernels.route import Gating, constants
 from workbench_kernels.route_kernel import TILES, WIDEST, Tile, route_kernel
 

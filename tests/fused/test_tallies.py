@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-from fused.compiled import SHARED, TARGETS, Compiled, compiled
 
+from workbench_kernels.compiled import SHARED, TARGETS, Compiled, compiled
 from workbench_kernels.tallies import CONFIGS, Config, tally, tally_kernel
 
 NUMBERS = ("n_tokens", "stride", "other_stride", "k", "other_k", "n_experts", "n_other", "n_groups")
