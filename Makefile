@@ -72,6 +72,7 @@ bench: setup
 	$(BIN)/workbench bench store
 	$(BIN)/workbench bench analysis
 	$(BIN)/workbench bench app
+	$(BIN)/workbench bench kernels
 
 clean:
 	rm -rf $(VENV) demo.duckdb demo-report.html demo-full.duckdb demo-full-report.html

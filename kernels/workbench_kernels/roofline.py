@@ -87,7 +87,7 @@ def route(
     tokens: int,
     n_experts: int,
     top_k: int,
-    gating: Gating = Gating(),
+    gating: Gating,
     dtype: torch.dtype = torch.bfloat16,
     *,
     corrected: bool = False,

@@ -17,6 +17,7 @@ class Benchmark(Enum):
     analysis = "analysis"
     learned = "learned"
     app = "app"
+    kernels = "kernels"
 
 
 def bench(
