@@ -193,14 +193,14 @@ def launch(
     n_pairs, width, norm = ids.numel(), weights.width, weights.post_norm
     if not n_pairs:
         return torch.zeros_like(hidden), torch.zeros(ids.shape, device=hidden.device) if norms else None
-    few = _few(len(ids), ids.shape[1], weights.n_experts)
-    config = config or _config(1 if few else n_pairs / weights.n_experts, weights)
+    few = few_tokens(len(ids), ids.shape[1], weights.n_experts)
+    config = config or default_config(1 if few else n_pairs / weights.n_experts, weights)
     blocks = single_blocks(chosen, weights.n_experts) if few else sorted_blocks(chosen, weights.n_experts, config.rows)
     gate = gate.flatten().float()
     inner = _gate_up(weights, hidden if hidden.stride(1) == 1 else hidden.contiguous(), ids.shape[1], blocks, config)
     store = few or torch.are_deterministic_algorithms_enabled()
     out = torch.zeros(n_pairs if store else len(hidden), width, device=hidden.device)
-    squares = torch.zeros(n_pairs, _parts(width, config), device=hidden.device)
+    squares = torch.zeros(n_pairs, parts_across(width, config), device=hidden.device)
     down = (weights, inner, ids.shape[1], blocks, config, out, squares)
     if norm is None:
         _down(*down, gate, add=not store, store=store, square=norms)
@@ -223,7 +223,7 @@ def _gate_up(weights: ExpertWeights, hidden: Tensor, top_k: int, blocks: Blocks,
     limit = activation.limit if activation.limit < inf else None
     gate_cap, up_cap = activation.softcaps or (None, None)
     kernel: Any = gate_up_kernel
-    kernel[(len(blocks.expert), _parts(n_neurons, config))](
+    kernel[(len(blocks.expert), parts_across(n_neurons, config))](
         hidden, weights.gate_up, bias, inner, blocks.order, blocks.expert, blocks.first, blocks.end,
         top_k, weights.width, n_neurons, up_at, hidden.stride(0),
         *weights.gate_up.stride(), 0 if bias is None else bias.stride(0),
@@ -242,7 +242,7 @@ def _down(
     bias = None if weights.down_proj_bias is None else weights.down_proj_bias.contiguous()
     scale = None if weights.post_norm is None else weights.post_norm.weight.contiguous()
     kernel: Any = down_kernel
-    kernel[(len(blocks.expert), _parts(weights.width, config))](
+    kernel[(len(blocks.expert), parts_across(weights.width, config))](
         inner, weights.down, bias, scale, gate, out, squares, blocks.order, blocks.expert, blocks.first, blocks.end,
         top_k, weights.width, weights.n_neurons, *weights.down.stride(), 0 if bias is None else bias.stride(0),
         BIASED=bias is not None, SCALED=scale is not None, ADD=add, STORE=store, SQUARES=square,
@@ -260,17 +260,17 @@ def _tile(weights: ExpertWeights, config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _parts(columns: int, config: Config) -> int:
+def parts_across(columns: int, config: Config) -> int:
     """Programs for so many columns."""
     return -(-columns // config.columns)
 
 
-def _few(n_tokens: int, top_k: int, n_experts: int) -> bool:
+def few_tokens(n_tokens: int, top_k: int, n_experts: int) -> bool:
     """Whether each pair is a block of its own, unsorted: it reads its expert's matrices, so few may share an expert."""
     return n_tokens == 1 or n_tokens * top_k <= n_experts // 4
 
 
-def _config(rows: float, weights: ExpertWeights) -> Config:
+def default_config(rows: float, weights: ExpertWeights) -> Config:
     """The default for so many rows an expert."""
     if weights.down_proj.dtype == torch.float32:
         return FLOAT32

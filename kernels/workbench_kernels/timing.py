@@ -19,7 +19,7 @@ from workbench_kernels.agreement import Backend
 from workbench_kernels.baselines import grouped_mm, plain_route, plain_statistics
 from workbench_kernels.expert_weights import read
 from workbench_kernels.experts import experts
-from workbench_kernels.experts_kernel import CONFIGS, _config, _few, _parts
+from workbench_kernels.experts_kernel import CONFIGS, default_config, few_tokens, parts_across
 from workbench_kernels.jit import triton
 from workbench_kernels.roofline import Roof, Work
 from workbench_kernels.route import Record, route
@@ -60,7 +60,7 @@ def works(shape: Shape, ids: Tensor, dtype: torch.dtype = torch.bfloat16, parts:
     return {
         "route": roofline.route(tokens, shape.n_experts, k, shape.gating, shape.logits, corrected=shape.corrected),
         "gate-up": roofline.gate_up(*sizes),
-        "down": roofline.down(*sizes, parts=parts, stored=_few(tokens, k, shape.n_experts)),
+        "down": roofline.down(*sizes, parts=parts, stored=few_tokens(tokens, k, shape.n_experts)),
         "load": roofline.tally(tokens, k, hit + 1),
         "co-activation": roofline.tally(tokens, k, int((shown.T @ shown).count_nonzero()), k, same=True),
     }
@@ -95,10 +95,10 @@ def _route(shape: Shape, given: Inputs, backend: Backend) -> list[Case]:
 
 def _experts(shape: Shape, given: Inputs, module: nn.Module, backend: Backend) -> list[Case]:
     weights, tokens = read(module), len(given.hidden)
-    few = _few(tokens, shape.top_k, shape.n_experts)
-    default = _config(1 if few else tokens * shape.top_k / shape.n_experts, weights)
+    few = few_tokens(tokens, shape.top_k, shape.n_experts)
+    default = default_config(1 if few else tokens * shape.top_k / shape.n_experts, weights)
     configs = (default, *(config for config in CONFIGS.values() if config != default))
-    parts = _parts(shape.width, default)
+    parts = parts_across(shape.width, default)
     work = [
         found["gate-up"] + found["down"]
         for found in (works(shape, given.ids, given.hidden.dtype, parts) for parts in (0, parts))

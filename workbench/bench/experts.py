@@ -54,16 +54,23 @@ def experts(model: Model, quick: bool = False) -> dict[str, Any]:
     return {"ratio": found, "differs": _differences(model)}
 
 
-def show(name: str, measured: dict[str, Any]) -> None:
-    """Print a model's ratios."""
-    print(f"{name}: time over the faster of eager and grouped_mm (whole pass / experts alone)")
-    for shape, one in measured["ratio"].items():
-        ratios = ", ".join(
-            f"{way} {ratio:.2f} / {one['experts'][way]:.2f}" for way, ratio in one["pass"].items() if way not in BASE
-        )
-        print(f"  {shape:<14} {one['pass_ms']:>8.1f} / {one['experts_ms']:>8.1f} ms   {ratios}")
-    for way, one in measured["differs"].items():
-        print(f"  {way} against eager: logits within {one['logits']:.1e}, {one['experts']:.3%} of choices the same")
+def show(measured: dict[str, dict[str, Any]]) -> None:
+    """Print what `experts` gave for some models, by name, as Markdown: whole pass / experts alone."""
+    print("| model | shape | faster of two, ms | fused | fused, with norms | batched_mm |")
+    print("|---|---|---:|---:|---:|---:|")
+    for name, one in measured.items():
+        for shape, timed in one["ratio"].items():
+            cells = [
+                f"{timed['pass'][way]:.2f} / {timed['experts'][way]:.2f}" if way in timed["pass"] else ""
+                for way in ("fused", "fused, norms", "batched_mm")
+            ]
+            milliseconds = f"{timed['pass_ms']:.1f} / {timed['experts_ms']:.1f}"
+            print(f"| {name} | {shape} | {milliseconds} | {' | '.join(cells)} |")
+    print("\n| model | implementation | logits within, of the largest | the same experts |")
+    print("|---|---|---:|---:|")
+    for name, one in measured.items():
+        for way, differs in one["differs"].items():
+            print(f"| {name} | {way} | {differs['logits']:.1e} | {differs['experts']:.2%} |")
 
 
 def _compare(model: Model, ways: list[str], texts: int, tokens: int, rounds: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from workbench.bench.experts import experts, show
-from workbench.bench.trace import _mid_size
+from workbench.bench.trace import mid_size
 from workbench.models import load
 from workbench_kernels import bench
 
@@ -20,12 +20,13 @@ def run(quick: bool = False) -> dict[str, Any]:
     """Print tables, and return all figures. AssertionError if a kernel or an implementation computes something else."""
     result = bench.run(quick)
     result |= {"threads": torch.get_num_threads(), "cpu": {}}
-    print("\nExperts on the CPU:")
+    print(
+        "\nExperts on the CPU, time over the faster of eager and grouped_mm, of a whole pass / of the experts alone:\n"
+    )
     for dtype in ("float32", "bfloat16"):
         demo = load("demo", dtype=dtype)
-        mid = load(_mid_size(quick).to(getattr(torch, dtype)), tokenizer=demo.tokenizer)
+        mid = load(mid_size(quick).to(getattr(torch, dtype)), tokenizer=demo.tokenizer)
         for name, model in {"mid-size": mid, **({} if quick else {"demo": demo})}.items():
-            measured = experts(model, quick)
-            result["cpu"][f"{name}, {dtype}"] = measured
-            show(f"{name}, {dtype}", measured)
+            result["cpu"][f"{name}, {dtype}"] = experts(model, quick)
+    show(result["cpu"])
     return result

@@ -43,7 +43,7 @@ from workbench.tracefile import Trace
 def run(quick: bool = False) -> dict[str, Any]:
     """Measure the demonstration model and a mid-size one; prints a table, returns every figure."""
     demo = load("demo", dtype="float32")
-    mid = load(_mid_size(quick), tokenizer=demo.tokenizer)
+    mid = load(mid_size(quick), tokenizer=demo.tokenizer)
     rounds = 1 if quick else 3
     result = {
         "bench": "trace",
@@ -66,7 +66,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     return result
 
 
-def _mid_size(quick: bool) -> OlmoeForCausalLM:
+def mid_size(quick: bool) -> OlmoeForCausalLM:
     """Hidden 512, 8 layers, 64 experts, top-8, random weights."""
     size = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2} if quick else {}
     return _olmoe(

@@ -30,7 +30,7 @@ DISPATCH = {"sorted": False, "single": True}
 @pytest.fixture(params=DISPATCH)
 def dispatch(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways from choices to blocks."""
-    monkeypatch.setattr(kernels, "_few", lambda *_: DISPATCH[request.param])
+    monkeypatch.setattr(kernels, "few_tokens", lambda *_: DISPATCH[request.param])
     return request.param
 
 
