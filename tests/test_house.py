@@ -22,6 +22,7 @@ TORCH_FREE += [
     "workbench.recipe",
     "workbench.background",
     "workbench.slicing",
+    "workbench_probes",
 ]
 COMPUTING = {"duckdb", "numba", "scipy", "sklearn", "torch", "transformers"}
 """Libraries that a page has no business with: what computes is in the library, where scripts and tests can use it."""

@@ -5,11 +5,11 @@ Nothing heavy is imported before a command runs, so that `workbench --help` answ
 
 import typer
 
-from workbench.commands import ask, checkpoints, evaluate, find, learn, measure, page, patch, record, steer
+from workbench.commands import ask, checkpoints, evaluate, find, learn, measure, page, patch, probe, record, steer
 
 COMMANDS = {
     "Record": (record.trace, checkpoints.models),
-    "Ask": (ask.info, ask.validate, ask.analyze, ask.report, ask.export, ask.query, page.app),
+    "Ask": (ask.info, ask.validate, ask.analyze, probe.probe, ask.report, ask.export, ask.query, page.app),
     "Steer": (
         find.find,
         steer.generate,
