@@ -33,6 +33,7 @@ def test_words_are_told_apart():
     assert len(set(texts)) > 0.99 * len(texts)
 
 
+@pytest.mark.slow
 def test_runs_in_a_browser(trace, tmp_path, capsys):
     result = bench.measure(trace.path, "demo", tmp_path / "loads", repeats=1, pages=("overview",))
     found = result["pages"]["overview"]

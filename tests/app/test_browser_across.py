@@ -47,7 +47,7 @@ def test_the_check_can_fail(browse, server, chrome):
         assert any(part in complaint for complaint in complaints), complaints
 
 
-@pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 1920)])
+@pytest.mark.parametrize("scheme, width", [("light", 1280), pytest.param("dark", 1920, marks=pytest.mark.slow)])
 def test_every_page_opens(browse, server, tmp_path, scheme, width):
     """By its link in the sidebar; the fixture fails on any error of page or console."""
     page = browse(server, scheme=scheme, width=width)

@@ -116,7 +116,14 @@ def two(tmp_path_factory):
         yield one
 
 
-@pytest.mark.parametrize("tab", ["Layers", "Languages and domains", "Experts", "Token ids", "Texts"])
+@pytest.mark.parametrize(
+    "tab",
+    [
+        "Layers",
+        "Texts",
+        *(pytest.param(tab, marks=pytest.mark.slow) for tab in ("Languages and domains", "Experts", "Token ids")),
+    ],
+)
 def test_two_runs(browse, two, tmp_path, tab):
     page = browse(two, f"/compare?run=plain&compare_tab={tab.replace(' ', '+')}")
     page.on("dialog", lambda dialog: pytest.fail(dialog.message))

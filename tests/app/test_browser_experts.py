@@ -84,7 +84,7 @@ def test_partners_lead_to_their_pages(browse, server):
     heading(page, 1, int(expert[1]) if expert else 0).wait_for()
 
 
-@pytest.mark.parametrize("width", [1280, 1920])
+@pytest.mark.parametrize("width", [1280, pytest.param(1920, marks=pytest.mark.slow)])
 def test_dark_from_a_link(browse, server, tmp_path, width):
     query = "experts_layer=4&experts_expert=11&experts_metric=Divergence&experts_sorted=true&experts_more=Importance"
     page = browse(server, f"/experts?{query}", scheme="dark", width=width)
