@@ -35,10 +35,11 @@ page = st.navigation(
         for section, pages in PAGES.items()
     }
 )
-poll.begin()
+slot = poll.begin()
 link.follow()
 with messages.guarded():
     view.sidebar()
 with messages.guarded():
     page.run()
-poll.timer()
+with slot:
+    poll.timer()

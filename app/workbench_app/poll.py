@@ -29,17 +29,22 @@ export default function ({ setTriggerValue }) {
   return () => { clearInterval(timer); answered.disconnect(); };
 }
 """
-STYLE = '<style>[data-stale="true"] { opacity: 1 !important; }</style>'
-"""What is drawn again stays as it is until then: Streamlit would dim the page at each tick."""
+STYLE = '<style>[data-stale="true"] { opacity: 1 !important; } .st-key-poll-slot { display: none; }</style>'
+"""What is drawn again stays as it is until then: Streamlit would dim the page at each tick. The timer takes no room."""
 EACH = 1.5
 """Seconds after which a page that waits is drawn again, to show how far it is."""
 _timer = components.component("workbench_poll", js=JS)
 
 
-def begin() -> None:
-    """Nothing waits yet: called before a page is drawn."""
+def begin() -> DeltaGenerator:
+    """Nothing waits yet: called before a page is drawn.
+
+    Returns where the timer goes, which is the same place on every page: a tick that was sent as another page was opened
+    is answered on the new one, and would be drawn where that has nothing.
+    """
     st.session_state["waiting"] = {}
     st.session_state["drawn"] = time.monotonic()
+    return st.container(key="poll-slot")
 
 
 def waiting(name: str, ready: Callable[[], bool]) -> DeltaGenerator:
