@@ -41,5 +41,4 @@ with messages.guarded():
     view.sidebar()
 with messages.guarded():
     page.run()
-with slot:
-    poll.timer()
+poll.end(slot)

@@ -11,20 +11,29 @@ import streamlit as st
 import streamlit.components.v2 as components
 from streamlit.delta_generator import DeltaGenerator
 
+# The browser clicks a button where the fragment could call st.rerun. That goes on with the old page after a click on a
+# link has stopped it, and the new page, should it call st.rerun itself, becomes the old one again. For the same reason
+# nothing is asked between such a click and the new address: what is asked then names the old page.
 JS = """
-export default function ({ setTriggerValue }) {
+let asked = 0;
+let left = { at: -Infinity, path: "" };
+document.addEventListener("click", ({ target }) => {
+  if (target.closest?.("a")) left = { at: Date.now(), path: location.pathname };
+}, true);
+const leaving = () => location.pathname === left.path && Date.now() - left.at < 10000;
+
+export default function ({ data, setTriggerValue }) {
   const app = document.querySelector('[data-testid="stApp"]');
   const idle = () => app.dataset.testScriptState === "notRunning";
-  let asked = 0;
   const answered = new MutationObserver(() => { if (idle()) asked = 0; });
   answered.observe(app, { attributes: true, attributeFilter: ["data-test-script-state"] });
   const timer = setInterval(() => {
     const waiting = document.querySelector('[class*="st-key-waiting-"]');
     // A tick would break off the drawing that the one before it asked for, on a server that is slow to begin it.
-    if (waiting && idle() && Date.now() - asked > 5000) {
-      asked = Date.now();
-      setTriggerValue("tick", asked);
-    }
+    if (!waiting || !idle() || leaving() || Date.now() - asked < 5000) return;
+    asked = Date.now();
+    if (data.due) document.querySelector(".st-key-poll-again button").click();
+    else setTriggerValue("tick", asked);
   }, 300);
   return () => { clearInterval(timer); answered.disconnect(); };
 }
@@ -43,8 +52,16 @@ def begin() -> DeltaGenerator:
     is answered on the new one, and would be drawn where that has nothing.
     """
     st.session_state["waiting"] = {}
-    st.session_state["drawn"] = time.monotonic()
     return st.container(key="poll-slot")
+
+
+def end(slot: DeltaGenerator) -> None:
+    """The page is drawn; the timer goes where `begin` said."""
+    st.session_state["drawn"] = time.monotonic()
+    with slot:
+        st.html(STYLE)
+        st.button("Draw again", key="poll-again")
+        _ask()
 
 
 def waiting(name: str, ready: Callable[[], bool]) -> DeltaGenerator:
@@ -62,10 +79,8 @@ def done(name: str) -> None:
 
 
 @st.fragment
-def timer() -> None:
-    """The timer, drawn after the page."""
-    st.html(STYLE)
-    _timer(key="poll", height="content", on_tick_change=lambda: None)
+def _ask() -> None:
+    """Tells the browser whether the page is due to be drawn again."""
     waits = st.session_state["waiting"].values()
-    if waits and (any(ready() for ready in waits) or time.monotonic() - st.session_state["drawn"] > EACH):
-        st.rerun()
+    due = any(ready() for ready in waits) or time.monotonic() - st.session_state["drawn"] > EACH
+    _timer(key="poll", height="content", data={"due": due}, on_tick_change=lambda: None)

@@ -191,24 +191,13 @@ def finished(page: Page) -> float:
         )
 
 
-AGAIN = 6
-"""How often a link is clicked while nothing comes of it."""
-
-
 def visit(page: Page, title: str) -> float:
     """Go to another page by its link in the sidebar; since when it is there."""
-    from playwright.sync_api import TimeoutError
-
     link = page.get_by_test_id("stSidebarNavLink").filter(has_text=title)
     path = link.evaluate("(link) => new URL(link.href).pathname")
-    for left in reversed(range(AGAIN)):
-        link.click()
-        try:  # the address changes when the server has begun with the new page
-            page.wait_for_function("(path) => location.pathname === path", arg=path, timeout=PATIENCE * 1000 / AGAIN)
-            break
-        except TimeoutError:  # Streamlit can lose a click that meets a tick of the page's timer
-            if not left:
-                raise
+    link.click()
+    # the address changes when the server has begun with the new page
+    page.wait_for_function("(path) => location.pathname === path", arg=path, timeout=PATIENCE * 1000)
     page.wait_for_function(_DRAWN, timeout=PATIENCE * 1000)  # the old page is gone before there is any of the new one
     return settled(page)
 
