@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,27 @@ from commandline import Command, Result
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
+
+
+EVERY_FAMILY = ("test_recorder.py", "test_selection.py")
+"""That the ids and weights of each family are those that its experts consumed is tested of all of them, always."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of what else is tested for each model family, a third of the families; the others are slow.
+
+    Which third depends on the test, so that every family is in some. A test of few families has all of them.
+    """
+    tests: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and "family" in getattr(item, "fixturenames", ()):
+            tests.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for name, of_one in tests.items():
+        if len(of_one) > 20 and not name.split("::")[0].endswith(EVERY_FAMILY):
+            for item in of_one:
+                if zlib.crc32(item.nodeid.encode()) % 3:
+                    item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
