@@ -29,6 +29,9 @@ def test_probe(workbench: Command, trace: Trace, tmp_path: Path):
     expected = probe(trace, "lang", layers=[0, 1], controls=2)
     pd.testing.assert_frame_equal(written, expected, check_dtype=False)
     refused(workbench(*asked, "--out", out), f"{out} exists")
+    tuned = ("--features", "choices", "--strength", "0.1,1", "--permutations", 3, "--controls", 0, "--json")
+    rows = json.loads(workbench(*asked[:-2], *tuned).out)
+    assert {row["strength"] for row in rows} <= {0.1, 1} and {row["n_permutations"] for row in rows} == {3}
     shown = json.loads(workbench(*asked, "--features", "weights", "--unit", "token", "--rows", 0, "--json").out)
     assert {row["features"] for row in shown} == {"weights"} and shown[0]["n_rows"] == 80
 
@@ -52,8 +55,13 @@ def test_what_is_refused(workbench: Command, trace: Trace, tmp_path: Path):
     refused(workbench(*asked, "lang", "--layers", "x"), "--layers 'x'")
     refused(workbench(*asked, "lang", "--features", ","), "--features ','")
     refused(workbench(*asked, "lang", "--features", "choices,tokens", "--map"), "one set of features")
-    refused(workbench(*asked, "lang", "--method", "tsne"), "--method tsne")
+    refused(workbench(*asked, "lang", "--method", "tsne"), "--method has no part in probes alone")
     refused(workbench(*asked, "lang", "--method", "tsne", "--clusters"), "method is 'tsne'")
-    refused(workbench(*asked, "lang", "--group", "source", "--map"), "--group is of probes")
+    refused(workbench(*asked, "lang", "--group", "source", "--map"), "--group has no part in --map")
+    refused(
+        workbench(*asked, "lang", "--controls", 2, "--learning-curve"), "--controls has no part in --learning-curve"
+    )
+    refused(workbench(*asked, "lang", "--strength", "1,x"), "--strength '1,x'", "0.1,1,10")
+    refused(workbench(*asked, "lang", "--strength", "0"), "strength is")
     refused(workbench(*asked, "lang", "--out", tmp_path / "t.xlsx"), ".csv, .parquet, .tex")
     refused(workbench(*asked, "lang", "--folds", 11), "10 texts", "fewer folds")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import duckdb
 import numpy as np
@@ -118,6 +119,55 @@ def test_save_table(tmp_path):
     assert read.iloc[0].tolist() == ["'=1+1", -1]
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "t.parquet"), frame)
     tex = (tmp_path / "t.tex").read_text()
-    assert r"\toprule" in tex and r"share\_\%" in tex
+    assert r"\toprule" in tex and r"share\_\%" in tex and r"\label{tab:t}" in tex
     with pytest.raises(InputError, match="expected .csv"):
         save_table(frame, tmp_path / "t.xlsx")
+
+
+HOSTILE = [
+    r"\\input{/etc/passwd}",
+    "100% _a_ & b # $x$ ^~",
+    "<script>",
+    "中文 naïve",
+    "--- ?` ``''",
+    "[x] *",
+    "two\nlines",
+    "\x00",
+]
+
+
+def test_tex_shows_text_as_it_is(tmp_path):
+    frame = pd.DataFrame({"token_%": HOSTILE, "n&": range(len(HOSTILE))})
+    save_table(frame, tmp_path / "my table_1.tex")
+    lines = (tmp_path / "my table_1.tex").read_text().splitlines()
+    assert r"\caption{my table\_1}" in lines and r"\label{tab:my-table_1}" in lines
+    rows = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
+    assert len(rows) == len(HOSTILE) and r"token\_\% & n\& \\" in lines
+    assert all(row.isprintable() and row.endswith(f" & {at} \\\\") for at, row in enumerate(rows))
+    known = {"textbackslash", "textasciicircum", "textasciitilde", "textless", "textgreater", "textasciigrave"}
+    for row in rows:
+        assert set(re.findall(r"\\([a-zA-Z]+)", row.removesuffix(r" \\"))) <= {*known, "textquotesingle"}
+        plain = re.sub(r"\\[a-zA-Z]+|\\[{}$&#%_]", "", row.removesuffix(r" \\"))
+        assert plain.count("&") == 1 and not set(plain) & set("\\$#%_^~<>`'") and plain.count("{") == plain.count("}")
+        assert "--" not in plain and not re.search(r"(^|[^{])\[", plain)  # no ligature, no optional argument
+    assert rows[0].startswith(r"\textbackslash{}\textbackslash{}input\{/etc/passwd\}")
+    assert rows[3].startswith(r"\textless{}U+4E2D\textgreater{}\textless{}U+6587\textgreater{} naïve")
+
+
+def test_tex_intervals_and_numbers(tmp_path):
+    frame = pd.DataFrame(
+        {
+            "layer": pd.array([0, None], dtype="Int64"), "value": [0.123456, -2.0], "low": [-0.1, np.nan],
+            "high": [0.25, np.nan], "gap_low": [1, 2], "gap_high": [3, 4], "p": [1e-6, np.inf], "worth": [True, False],
+            "allow": [1, 2], "lift_low": ["a", "b"],
+        }
+    )  # fmt: skip
+    save_table(frame, tmp_path / "t.tex")
+    lines = (tmp_path / "t.tex").read_text().splitlines()
+    start = lines.index(r"\toprule")
+    assert lines[start - 1] == r"\begin{tabular}{rrrrrlrl}"
+    assert lines[start + 1] == r"layer & value & interval & gap\_interval & p & worth & allow & lift\_low \\"
+    assert lines[start + 3] == r"0 & 0.1235 & $-0.1$--0.25 & 1--3 & $1 \times 10^{-6}$ & yes & 1 & a \\"
+    assert lines[start + 4] == r"-- & $-2$ & -- & 2--4 & $\infty$ & no & 2 & b \\"
+    save_table(frame[:0], tmp_path / "empty.tex")
+    assert r"\bottomrule" in (tmp_path / "empty.tex").read_text()

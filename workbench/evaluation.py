@@ -68,11 +68,15 @@ def evaluate(
 ) -> pd.DataFrame:
     """Loss, change of the next-token distributions and routing agreement: plain, steered, and with random experts.
 
-    recipe      what `workbench.intervene` takes: a Recipe, a path, one or several interventions
-    by          column of the texts: lang, domain, source or any metadata; None puts all into the group "all"
-    n_random    controls, drawn with the seeds seed, seed + 1, …; 0 for none
-    max_tokens  stop after the text that reaches this many tokens
-    long_texts  as in `workbench.trace`
+    corpus        names, files or corpora, one or several
+    recipe        what `workbench.intervene` takes: a Recipe, a path, one or several interventions
+    by            column of the texts: lang, domain, source or any metadata; None puts all into the group "all"
+    n_random      controls, drawn with the seeds seed, seed + 1, …; 0 for none
+    max_tokens    stop after the text that reaches this many tokens
+    max_length    of a text in tokens; None: what the model is made for
+    long_texts    as in `workbench.trace`
+    batch_tokens  padded tokens in one forward pass, at most
+    n_resamples   of texts, for the intervals
 
     Returns one row a condition × group × token class × measure (× layer, for the overlap of token class "all"):
     condition ("plain", "steered", "random" for the mean of the controls, "random N" for that of seed N; plain only

@@ -19,6 +19,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from workbench.errors import InputError
+from workbench.layouts import HEIGHT, WIDTH, laid_out
 from workbench.output import new_file
 
 FONT = "Inter, system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'Noto Sans', sans-serif"
@@ -66,7 +67,6 @@ CONFIG = {
 """Of interactive figures. No button may send data anywhere."""
 
 FORMATS = (".html", ".svg", ".png", ".pdf")
-WIDTH, HEIGHT = 1000, 420
 
 
 class Style(NamedTuple):
@@ -364,7 +364,8 @@ def on_dark(figure: go.Figure) -> go.Figure:
             return [swapped(one) for one in value]
         return value  # arrays: numbers and hover texts
 
-    parts = [trace.to_plotly_json() for trace in figure.data]  # of the whole figure, arrays would come out encoded
+    traces: Any = figure.data
+    parts = [trace.to_plotly_json() for trace in traces]  # of the whole figure, arrays would come out encoded
     copy = go.Figure([swapped(part) for part in parts], swapped(figure.layout.to_plotly_json()))
     hover = {"bgcolor": "#1c232b", "bordercolor": DARK[AXIS], "font": {"color": DARK[INK]}}
     return copy.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", hoverlabel=hover)
@@ -374,15 +375,19 @@ def _opacity(colour: str) -> float:
     return float(colour.rpartition(",")[2].rstrip(")"))
 
 
-def save(figure: go.Figure, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+def save(figure: go.Figure, path: str | os.PathLike, *, layout: str = "screen", overwrite: bool = False) -> None:
     """Write a figure; the ending of `path` decides: .html (self-contained, interactive), .svg, .png or .pdf.
 
-    Images take a Chrome or Chromium, found by BROWSER_PATH or on the PATH, and the package kaleido.
+    layout  one of `workbench.layouts.LAYOUTS`: "screen", or a width and font for a paper: "column", "text", "page"
+
+    Images take a Chrome or Chromium, found by BROWSER_PATH or on the PATH, and the package kaleido. InputError for
+    another ending or layout, an existing file without `overwrite`, and for images without kaleido or a browser.
     """
     path = Path(path)
     ending = path.suffix.lower()
     if ending not in FORMATS:
         raise InputError(f"{path} ends in {ending!r}; a figure is written as {', '.join(FORMATS)}.")
+    figure = laid_out(figure, layout)
     with new_file(path, overwrite) as partial:
         if ending == ".html":
             text = figure.to_html(include_plotlyjs=True, full_html=True, config=CONFIG)
@@ -404,7 +409,7 @@ def image(figure: go.Figure, kind: str) -> bytes:
         "format": kind,
         "width": figure.layout["width"] or WIDTH,
         "height": figure.layout["height"] or HEIGHT,
-        "scale": 2 if kind == "png" else 1,
+        "scale": 1 if kind != "png" else 2 if figure.layout["width"] is None else 3,  # on paper about 300 dpi
     }
     page = kaleido.PageGenerator(mathjax=False)  # by default it would be fetched from a CDN
     return kaleido.calc_fig_sync(figure.to_dict(), options, kopts={"page_generator": page, "path": browser})

@@ -105,6 +105,7 @@ def find(
     level      of ablate: logits, selection, output; of force: logits, selection; None: logits
     strength   of bias, in standard deviations of a token's logits, 0.5 by default; factor of scale, 64 by default
     scope      the tokens at which the edit acts (`workbench.interventions`)
+    n_resamples      of texts, for the intervals
     n_permutations   with 0 nothing is tested, and p and q are missing
 
     Returns the table of `scores` with the columns chosen (bool) and side ("group", "versus", "" for those not chosen),

@@ -33,6 +33,9 @@ class Layer:
     gating     the router's steps, in the vocabulary of `workbench.families`
     stack      "decoder" or "encoder"
     scoring    "softmax", "sigmoid" or "sqrt-softplus"; "hash" where the token id selects
+
+    For those who write recorders: family (see `workbench.families`); the modules router, experts, block, around (the
+    layer that the block is in) and owner (the stack of layers); selector, the module and method that select.
     """
 
     index: int

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from workbench import bundled
 from workbench.errors import InputError
 from workbench.layers import Layer, expert_parameters, family_of, find_layers
 from workbench.quantization import quantise, quietly
 
-__all__ = ["Layer", "Model", "describe", "find_layers", "load", "twin"]
+__all__ = ["Layer", "Model", "describe", "find_layers", "load", "outline", "twin"]
 
 # In order of preference: the first class that knows the configuration loads it.
 _AUTO_CLASSES = (
@@ -58,6 +58,7 @@ class Model:
     revision  commit of the Hub the weights are from; None for folders and modules
     family    key of `workbench.families.FAMILIES`
     dtype     of most parameters: "float32", "bfloat16", …; "int8:bfloat16" for int8 weights computed with in bfloat16
+    module    of torch; tokenizer: of transformers, or None; layers: see `Layer`, in order of execution
     """
 
     name: str
@@ -97,6 +98,7 @@ def load(
 
     model      "demo", "demo-early", a folder, a Hub id, or a module in memory (used as it is, where it is)
     tokenizer  a tokenizer, or the folder or Hub id of one; default: the checkpoint's own, None if it has none
+    revision   branch, tag or commit of a Hub model; None: its main branch
     dtype      "auto" (as the checkpoint says), or a torch dtype or its name; "int8": the weights rounded to torchao's
                weight-only int8, computing in the checkpoint's dtype ("int8:float32": in that one). The numerics are
                int8's, the memory isn't: see `workbench.quantization`
@@ -142,6 +144,21 @@ def load(
         return loaded
     quantise(loaded.module, loaded.layers)
     return replace(loaded, dtype=f"int8:{loaded.dtype}")
+
+
+def outline(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Model:
+    """A checkpoint as load() finds it, but on torch's device "meta": nothing of its weights is read or made.
+
+    For engines that run the checkpoint elsewhere. Its dtype is the configuration's. InputError as load() has it.
+    """
+    source = _locate(model)
+    config = _config(source, revision, trust_remote_code)
+    module: Any = _check_family(source, config, trust_remote_code)
+    with suppress(OSError):  # there needn't be one
+        module.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
+    commit = getattr(config, "_commit_hash", None)
+    tokenizer = _tokenizer(source, False, trust_remote_code)
+    return _wrap(module, str(model), tokenizer, revision if commit is None else commit)
 
 
 def describe(

@@ -35,8 +35,9 @@ _KEYS = ("format", "version", "model", "source", "interventions")
 class Recipe:
     """Interventions, and what is known of them.
 
-    model   {"name", "family", "layers": [[n_experts, top_k], …]} of the model that they are for; {} for any model
-    source  how they were found; free, JSON
+    interventions  in the order in which they act, see `workbench.interventions`
+    model          {"name", "family", "layers": [[n_experts, top_k], …]} of the model that they are for; {} for any
+    source         how they were found; free, JSON
     """
 
     interventions: tuple[AnyIntervention, ...]

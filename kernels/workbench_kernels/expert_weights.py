@@ -67,6 +67,8 @@ class ExpertWeights:
     down_proj          (E, H, I); (E, I, H) transposed
     gate_up_proj_bias  (E, 2 · I) or (E, I); down_proj_bias (E, H)
     interleaved        gate and up of neuron i are outputs 2i and 2i + 1, instead of i and I + i
+    activation         between the projections
+    post_norm          of an expert's output, before the gate weight; None: there is none
     """
 
     gate_up_proj: Tensor
@@ -81,16 +83,17 @@ class ExpertWeights:
 
     @property
     def gate_up(self) -> Tensor:
-        """(E, 2 · I, H), or (E, I, H) where there is no gate: a view."""
+        """(E, 2 · I, H), or (E, I, H) where there is no gate: a view, of the parameters' dtype."""
         return self.gate_up_proj.transpose(1, 2) if self.transposed else self.gate_up_proj
 
     @property
     def down(self) -> Tensor:
-        """(E, H, I): a view."""
+        """(E, H, I): a view, of the parameters' dtype."""
         return self.down_proj.transpose(1, 2) if self.transposed else self.down_proj
 
     @property
     def n_experts(self) -> int:
+        """E."""
         return self.down_proj.shape[0]
 
     @property
@@ -105,13 +108,16 @@ class ExpertWeights:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that is computed with."""
+        """All that is computed with, of the shapes and dtypes above: (E, …) each, but for the weight of `post_norm`."""
         found = [self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias]
         norm = None if self.post_norm is None else self.post_norm.weight
         return [tensor for tensor in (*found, norm) if tensor is not None]
 
     def halves(self, outputs: Tensor, dim: int = -1) -> tuple[Tensor | None, Tensor]:
-        """Gate and up: views of a tensor with the outputs of `gate_up` along `dim`; (None, all) without a gate."""
+        """Gate and up: views of a tensor with the 2 · I outputs of `gate_up` along `dim`; (None, all) without a gate.
+
+        outputs  (…, 2 · I), or (…, I) without a gate, of any dtype; dim: where the outputs are
+        """
         if not self.gated:
             return None, outputs
         if self.interleaved:

@@ -34,6 +34,7 @@ def experts(
 ) -> tuple[Tensor, Tensor | None]:
     """What the experts add for each token (T, H) in hidden's dtype, and the norms (T, k) float32 if they are asked for.
 
+    weights  of the E experts, as from `read`
     hidden   (T, H)
     ids      integers (T, k); what isn't in 0 … E − 1 is no expert: it adds nothing, and its norm is 0
     gate     floats (T, k); an expert of weight 0 adds nothing, whatever it computes, and has its norm all the same
@@ -83,7 +84,9 @@ def _obstacle(backend: str, weights: ExpertWeights, hidden: Tensor, gate: Tensor
 def reference(
     weights: ExpertWeights, hidden: Tensor, ids: Tensor, gate: Tensor, *, norms: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """`experts` in torch, one expert after the other; float64 and gradients too. Arguments as there.
+    """`experts` in torch, one expert after the other; float64 and gradients too.
+
+    Arguments as there: hidden (T, H), ids and gate (T, k), norms whether they are asked for.
 
     Products are in the weights' dtype, the rest is in float32 (in float64 for float64, the norms too).
     """

@@ -93,7 +93,7 @@ class Record:
 
     @staticmethod
     def empty(tokens: int, k: int, n_experts: int, device: Any = None) -> Record:
-        """Buffers of the right shapes and dtypes."""
+        """Buffers of the shapes and dtypes above, for T = `tokens`, `k` choices of `n_experts` on a `device`."""
         ids = torch.empty(tokens, k, dtype=_id_dtype(n_experts), device=device)
         weights = torch.empty(tokens, k, dtype=torch.uint16, device=device)
         return Record(ids, weights, *torch.empty(3, tokens, device=device).unbind())
@@ -149,6 +149,7 @@ def route(
     """Select k of E experts for each of T tokens.
 
     logits      (T, E) float32, float16 or bfloat16; with torch float64 too, and then everything is float64
+    gating      how weights are made of logits
     correction  (E) float: moves ranks, not weights
     add         (E) float32, forced, masked  (E) bool, rows  (T) bool: the edits, see the module. An expert that is
                 forced and masked is forced; of more than k forced ones the lowest ids come first

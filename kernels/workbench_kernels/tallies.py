@@ -64,6 +64,7 @@ def tally(
     out    int64, contiguous: (n_groups, E + 1) or, with `other`, (n_groups, E + 1, n_other + 1), whose last row and
            column count any expert, as above; None begins with zeros
     backend  "auto": Triton for tensors on a GPU, torch for all others
+    n_experts, n_other, n_groups   E and the sizes of `out`; config: of the kernel
 
     ValueError or TypeError where shapes, dtypes or devices don't fit each other.
     """

@@ -49,8 +49,10 @@ def clusters(
 
     by          a column of the sequences
     features    choices, weights, probabilities or tokens
+    method      "kmeans" or "agglomerative"
     n_clusters  None: as many as the label has values
     max_rows    so many labelled sequences, drawn at random; None: all
+    n_resamples of texts, for the interval
 
     Returns one row a set of features × layer (missing: all together): by, features, layer, method, n_clusters, ami,
     low, high (NaN for a single text), n_labels, n_sequences, n_groups (texts). InputError for one label, or fewer

@@ -15,7 +15,7 @@ The interval is that of the mean over folds, as in `probe`.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
@@ -25,10 +25,9 @@ from workbench import figures
 from workbench.analysis.counting import experts_of
 from workbench.errors import InputError
 from workbench.tracefile import Trace
-from workbench_probes.estimators import fit, fold_interval, pipeline
-from workbench_probes.features import beside, check, of_layer, rows_of
-from workbench_probes.probe import check_strength
-from workbench_probes.task import prepare
+from workbench_probes.estimators import fold_interval
+from workbench_probes.features import beside, check, of_layer
+from workbench_probes.task import Options, prepare
 
 OF_EXPERTS = ("choices", "weights", "probabilities")
 NUMBER = "value"
@@ -42,18 +41,12 @@ def coefficients(
     *,
     features: str = "choices",
     layers: Sequence[int] | None = None,
-    unit: str | None = None,
-    classes: int | None = None,
-    group: str | None = None,
-    folds: int = 5,
-    max_rows: int | None = 20_000,
-    drop_rare: bool = False,
-    strength: float = 1.0,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> pd.DataFrame:
     """Coefficients of a probe of all chosen layers together.
 
-    features  choices, weights or probabilities; the other arguments are those of `probe`
+    features  choices, weights or probabilities
+    options   unit, classes, group, folds, max_rows, drop_rare, strength, seed: see `workbench_probes.task.Options`
 
     Returns one row a label × layer × expert: target, unit, features, label ("value" where numbers are predicted; of two
     classes both, with opposite signs), layer, expert, coefficient with low and high, rate (mean of the feature over the
@@ -61,19 +54,13 @@ def coefficients(
     """
     if features not in OF_EXPERTS:
         raise InputError(f"{features!r} has no columns of experts; coefficients are of {', '.join(OF_EXPERTS)}.")
-    check_strength(strength)
-    task = prepare(
-        trace, target, unit=unit, classes=classes, group=group, folds=folds, max_rows=max_rows, drop_rare=drop_rare,
-        seed=seed,
-    )  # fmt: skip
+    task = prepare(trace, target, **options)
     found = task.found
     chosen = check(trace, [features], layers, found.unit)
     matrix = beside([of_layer(trace, features, layer, found.row, found.unit) for layer in chosen])
     fitted = []
     for split in task.splits:
-        model = pipeline(features, found.unit, found.numeric, strength)
-        fit(model, rows_of(matrix, split.train), found.value[split.train])
-        linear: Any = model[-1]
+        linear = task.fit(features, matrix, split.train, found.value).model[-1]
         one = np.atleast_2d(linear.coef_)
         fitted.append(np.concatenate([-one, one]) if len(found.labels) == 2 else one)
     values = np.stack(fitted)  # (n_folds, n_labels, n_columns)

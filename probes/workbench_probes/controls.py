@@ -20,3 +20,27 @@ def control_values(value: np.ndarray, kind: np.ndarray, seed: int | tuple[int, .
     """
     kinds, place = np.unique(kind, return_inverse=True)
     return np.random.default_rng(seed).choice(value, size=len(kinds))[place]
+
+
+def permuted(value: np.ndarray, sequence: np.ndarray, text: np.ndarray, seed: int | tuple[int, ...]) -> np.ndarray:
+    """The same values in another order, of the type and shape of `value` (n,): what they would be by chance.
+
+    sequence, text  int (n,): of each row; rows of a sequence are in order
+
+    Texts change places, sequences change places within their text, and the rows of a sequence are turned by a random
+    offset, as a ring. So every value occurs as often as before, the labels of a text stay together, and neighbours
+    stay neighbours, where shuffled rows would make any score look significant. Where texts or sequences differ in
+    length, a run of labels may end in the next one.
+    """
+    random = np.random.default_rng(seed)
+    text, sequence = np.unique(text, return_inverse=True)[1], np.unique(sequence, return_inverse=True)[1]
+    row = np.arange(len(value))
+    places = np.lexsort((row, sequence, text))
+    length, first = np.bincount(sequence), np.unique(sequence[places], return_index=True)[1]
+    rank = np.empty(len(value), int)
+    rank[places] = row - first[sequence[places]]
+    turned = (rank + random.integers(0, length)[sequence]) % length[sequence]
+    of_text, of_sequence = random.permutation(text.max() + 1), random.permutation(len(length))
+    result = np.empty_like(value)
+    result[places] = value[np.lexsort((turned, of_sequence[sequence], of_text[text]))]
+    return result

@@ -5,28 +5,45 @@ class counts as much as a common one. Numbers: ridge regression. Features that a
 are divided by their standard deviation in the training rows (never centred, which would make sparse matrices dense;
 hidden states, which are dense, are centred).
 
+Of several strengths, that with the best balanced accuracy (of numbers R²) in a cross-validation **inside the training
+rows** is taken, and the probe then learns from all of them (nested cross-validation, Varma & Simon 2006). Texts are
+kept whole there, too.
+
 Of classes: **accuracy**; **balanced_accuracy**, the mean recall of the classes; **macro_f1**, the mean F1 of the
 classes, both over the classes that occur in the test rows. Of numbers: **r2** = 1 − Σ(y − ŷ)² / Σ(y − ȳ)²;
 **correlation**, Pearson's, 0 for a constant prediction.
 """
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+from sklearn.dummy import DummyClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler, StandardScaler
 
 from workbench.analysis.resampling import LEVEL
-from workbench_probes.features import Matrix, shape_of
+from workbench_probes.features import Matrix
 
 OF_CLASSES = ("accuracy", "balanced_accuracy", "macro_f1")
 OF_NUMBERS = ("r2", "correlation")
 ITERATIONS = 200
 TOLERANCE = 1e-3
+INNER_FOLDS = 3
+"""Of the cross-validation that chooses a strength."""
+
+
+class Fit(NamedTuple):
+    """A probe that has learned; `strength` is the one it was given, or that was chosen."""
+
+    model: Any
+    strength: float
+    converged: bool
 
 
 def pipeline(features: str, unit: str, numeric: bool, strength: float) -> Pipeline:
@@ -45,20 +62,43 @@ def pipeline(features: str, unit: str, numeric: bool, strength: float) -> Pipeli
     return make_pipeline(scaling, model)
 
 
-def fit(probe: Pipeline, x: Matrix, y: np.ndarray) -> bool:
-    """Fit in place; whether it converged."""
+def learn(features: str, unit: str, x: Matrix, y: np.ndarray, text: np.ndarray, strengths: Sequence[float]) -> Fit:
+    """A probe that has learned from all rows given: x (n, n_columns), y (n,), int64 classes or float64 numbers.
+
+    text       int (n,): text of each row, which the choice between several strengths doesn't part
+    strengths  ascending; the first where the rows are too few to choose by
+
+    Of a single class: that class, always.
+    """
+    numeric = y.dtype.kind == "f"
+    if not numeric and (y == y[0]).all():
+        return Fit(DummyClassifier(strategy="most_frequent").fit(np.zeros((len(y), 1)), y), strengths[0], True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        probe.fit(x, y)
-    return not any(issubclass(one.category, ConvergenceWarning) for one in caught)
+        strength = best_strength(features, unit, x, y, text, strengths)
+        model = pipeline(features, unit, numeric, strength).fit(x, y)
+    return Fit(model, strength, not any(issubclass(one.category, ConvergenceWarning) for one in caught))
 
 
-def fit_and_predict(probe: Pipeline, x: Matrix, y: np.ndarray, test: Matrix, numeric: bool) -> tuple[np.ndarray, bool]:
-    """Predictions for the test rows, (n_test,), and whether the fit converged. Of a single class: that class."""
-    if not numeric and (y == y[0]).all():
-        return np.full(shape_of(test)[0], y[0]), True
-    converged = fit(probe, x, y)
-    return np.asarray(probe.predict(test)), converged
+def best_strength(
+    features: str, unit: str, x: Matrix, y: np.ndarray, text: np.ndarray, strengths: Sequence[float]
+) -> float:
+    """The strength that predicts texts best that it didn't learn from, among these rows; arguments as in `learn`.
+
+    Of equals the smallest. The first of all where not even two texts (of two classes) can be parted.
+    """
+    numeric = y.dtype.kind == "f"
+    of_class = [len(np.unique(text))] * 2 if numeric else [len(np.unique(text[y == one])) for one in np.unique(y)]
+    folds = min(INNER_FOLDS, sorted(of_class)[-2])
+    if len(strengths) == 1 or folds < 2:
+        return strengths[0]
+    if numeric:
+        grid, method, score = {"ridge__alpha": [1 / one for one in strengths]}, GroupKFold(folds), "r2"
+    else:
+        grid, score = {"logisticregression__C": list(strengths)}, "balanced_accuracy"
+        method = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+    search = GridSearchCV(pipeline(features, unit, numeric, strengths[0]), grid, scoring=score, cv=method, refit=False)
+    return strengths[int(search.fit(x, y, groups=text).best_index_)]
 
 
 def scores(true: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:

@@ -6,7 +6,7 @@ what routing knows; one that is flat early, that little has to be learned.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -15,10 +15,10 @@ from plotly.graph_objects import Figure
 from workbench import figures
 from workbench.errors import InputError
 from workbench.tracefile import Trace
-from workbench_probes.estimators import bounded, chance, fit_and_predict, fold_interval, pipeline, scores
+from workbench_probes.estimators import bounded, chance, fold_interval, scores
 from workbench_probes.features import Matrix, check, rows_of
-from workbench_probes.probe import MAIN_SCORE, NOUNS, STYLES, check_strength, names_of
-from workbench_probes.task import Task, matrices, prepare
+from workbench_probes.probe import MAIN_SCORE, NOUNS, STYLES, names_of
+from workbench_probes.task import Options, Task, matrices, prepare
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
@@ -30,55 +30,39 @@ def learning_curve(
     features: Sequence[str] = ("choices", "tokens"),
     layers: Sequence[int] | None = None,
     fractions: Sequence[float] = FRACTIONS,
-    unit: str | None = None,
-    classes: int | None = None,
-    group: str | None = None,
-    folds: int = 5,
-    max_rows: int | None = 20_000,
-    drop_rare: bool = False,
-    strength: float = 1.0,
     model: Any = None,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> pd.DataFrame:
     """Score probes that learn from a part of the training texts. All chosen layers are read side by side.
 
-    fractions  parts of the training texts, above 0 and up to 1; the other arguments are those of `probe`. Hidden states
-               are read of one layer only: give one.
+    features, layers, model   as in `probe`
+    fractions                 parts of the training texts, above 0 and up to 1
+    options                   those of `workbench_probes.task.Options`
 
     Returns one row a set of features × fraction × score: target, unit, features, layer (missing: all), score, fraction,
     n_train_groups and n_train (means over folds), n_test; value, low, high; chance, n_folds. InputError as `probe`.
     """
-    check_strength(strength)
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         raise InputError(f"fractions are {tuple(fractions)}; expected numbers above 0 and up to 1.")
-    task = prepare(
-        trace, target, unit=unit, classes=classes, group=group, folds=folds, max_rows=max_rows, drop_rare=drop_rare,
-        seed=seed,
-    )  # fmt: skip
+    task = prepare(trace, target, **options)
     chosen = check(trace, features, layers, task.found.unit)
-    if "hidden" in features and len(chosen) > 1:
-        raise InputError("a learning curve of hidden states is of one layer: give one, as in --layers 3.")
     tables = [
-        _rows(task, name, layer, matrix, sorted(set(fractions)), strength)
+        _rows(task, name, layer, matrix, sorted(set(fractions)))
         for name, layer, matrix in matrices(trace, task.found, features, chosen, model)
         if layer is None or len(chosen) == 1
     ]
     return pd.concat(tables, ignore_index=True)
 
 
-def _rows(
-    task: Task, name: str, layer: int | None, matrix: Matrix, fractions: Sequence[float], strength: float
-) -> pd.DataFrame:
+def _rows(task: Task, name: str, layer: int | None, matrix: Matrix, fractions: Sequence[float]) -> pd.DataFrame:
     found, n_classes = task.found, task.n_classes
     tables = []
     for fraction in fractions:
         measured, n_rows, n_groups = [], [], []
         for fold, split in enumerate(task.splits):
             train, groups = part_of(split.train, task.group, fraction, (task.seed, fold))
-            probe = pipeline(name, found.unit, found.numeric, strength)
-            predicted, _ = fit_and_predict(
-                probe, rows_of(matrix, train), found.value[train], rows_of(matrix, split.test), found.numeric
-            )
+            fit = task.fit(name, matrix, train, found.value)
+            predicted = np.asarray(fit.model.predict(rows_of(matrix, split.test)))
             measured.append(scores(found.value[split.test], predicted, n_classes))
             n_rows.append(len(train))
             n_groups.append(groups)

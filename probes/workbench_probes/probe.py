@@ -9,6 +9,9 @@ Every set of features (see `workbench_probes.features`) gets a probe a layer, an
   numbers: their mean).
 - **control**: mean score of the same probe on control labels, a random one for each token type, or for each text where
   a row is a sequence (Hewitt & Liang 2019). **selectivity** = value − control, its interval as above.
+- **p**: how often labels that change places between and within texts (`workbench_probes.controls.permuted`) score as
+  well: (1 + as good or better) / (1 + permutations) (Ojala & Garriga 2010, test 1). One p a row, not corrected for the
+  number of rows.
 
 Compare `choices` with `tokens`: what the token's id alone tells is no knowledge of the router's. Compare it with
 `hidden`: what the router could have read and didn't pass on. Scores and models are defined in
@@ -18,14 +21,14 @@ Sources: Alain & Bengio 2017 (linear probes of layers); Hewitt & Liang 2019 (con
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
 
 from workbench import figures
-from workbench.errors import InputError, not_negative
+from workbench.errors import not_negative
 from workbench.tracefile import Trace
 from workbench_probes.estimators import (
     OF_CLASSES,
@@ -33,13 +36,11 @@ from workbench_probes.estimators import (
     baseline,
     bounded,
     chance,
-    fit_and_predict,
     fold_interval,
-    pipeline,
     scores,
 )
 from workbench_probes.features import Matrix, check, rows_of, shape_of
-from workbench_probes.task import Task, matrices, prepare
+from workbench_probes.task import Options, Task, matrices, prepare
 
 MAIN_SCORE = {True: "r2", False: "balanced_accuracy"}
 """What figures show: whether numbers are predicted -> the score."""
@@ -51,73 +52,58 @@ def probe(
     *,
     features: Sequence[str] = ("choices", "tokens"),
     layers: Sequence[int] | None = None,
-    unit: str | None = None,
-    classes: int | None = None,
-    group: str | None = None,
-    folds: int = 5,
     controls: int = 1,
-    max_rows: int | None = 20_000,
-    drop_rare: bool = False,
-    strength: float = 1.0,
+    permutations: int = 0,
     model: Any = None,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> pd.DataFrame:
     """Score linear probes of routing.
 
-    target     a column of the sequences, token_class, position, phase or loss: see `workbench_probes.targets`
-    features   of `workbench_probes.features.FEATURES`
-    layers     None: all
-    unit       whether a row is a "token" or a "sequence"; None: what the target is a property of
-    classes    predict numbers as so many quantile classes
-    group      a further column of the sequences whose equal values are never parted, such as `source`
-    folds      at least 2; every class has to be in as many texts
-    controls   control labellings drawn, 0 or more
-    max_rows   so many rows, drawn at random; None: all
-    drop_rare  leave out classes that are in fewer texts than there are folds, instead of refusing them
-    strength   C: the larger, the weaker the penalty
-    model      of `hidden`: what was traced (a Model or a name); None: the name in the trace
+    target        a column of the sequences, token_class, position, phase or loss: see `workbench_probes.targets`
+    features      of `workbench_probes.features.FEATURES`
+    layers        None: all
+    controls      control labellings drawn, 0 or more
+    permutations  of the labels, for p, 0 or more; each costs as much as the probe itself
+    model         of `hidden`: what was traced (a Model or a name); None: the name in the trace
+    options       unit, classes, group, folds, max_rows, drop_rare, strength, seed: see `workbench_probes.task.Options`
 
     Returns one row a set of features × layer × score: target, unit, features, layer (missing: all layers together, and
     for tokens), score; value, low, high; chance, majority; control, selectivity, selectivity_low, selectivity_high (NaN
-    without controls); control_of; n_columns, n_classes (0 for numbers), n_rows, n_train and n_test (mean over folds),
-    n_groups (texts), n_folds, n_controls, n_left_out (rows of rare classes), n_unconverged fits.
+    without controls); p (NaN without permutations); control_of; strength (median over folds); n_columns, n_classes (0
+    for numbers), n_rows, n_train and n_test (mean over folds), n_groups (texts), n_folds, n_controls, n_permutations,
+    n_left_out (rows of rare classes), n_unconverged fits (of the labels and the controls).
 
     InputError for what the trace doesn't have, one class only, and fewer texts than folds (of a class, too).
     """
-    not_negative(controls=controls)
-    check_strength(strength)
-    task = prepare(
-        trace, target, unit=unit, classes=classes, group=group, folds=folds, max_rows=max_rows, drop_rare=drop_rare,
-        seed=seed,
-    )  # fmt: skip
+    not_negative(controls=controls, permutations=permutations)
+    task = prepare(trace, target, **options)
     check(trace, features, layers, task.found.unit)
     tables = [
-        _rows(task, name, layer, matrix, controls, strength)
+        _rows(task, name, layer, matrix, controls, permutations)
         for name, layer, matrix in matrices(trace, task.found, features, layers, model)
     ]
     return pd.concat(tables, ignore_index=True)
 
 
-def check_strength(strength: float) -> None:
-    """InputError for a penalty that isn't one."""
-    if not (np.isfinite(strength) and strength > 0):
-        raise InputError(f"strength is {strength}; expected a number above 0, such as 1.")
-
-
-def _rows(task: Task, name: str, layer: int | None, matrix: Matrix, controls: int, strength: float) -> pd.DataFrame:
+def _rows(task: Task, name: str, layer: int | None, matrix: Matrix, controls: int, permutations: int) -> pd.DataFrame:
     """The rows of one set of features."""
-    found, n_classes = task.found, task.n_classes
-    labellings = [found.value, *(task.control(number) for number in range(controls))]
-    measured = np.full((len(task.splits), len(labellings), len(names_of(n_classes))), np.nan)
-    unconverged = 0
+    value = task.found.value
+    labellings = [value, *map(task.control, range(controls)), *map(task.permuted, range(permutations))]
+    measured = np.full((len(task.splits), len(labellings), len(names_of(task.n_classes))), np.nan)
+    strengths, unconverged = [], 0
     for fold, split in enumerate(task.splits):
-        train, test = rows_of(matrix, split.train), rows_of(matrix, split.test)
+        test = rows_of(matrix, split.test)
         for place, labels in enumerate(labellings):
-            model = pipeline(name, found.unit, found.numeric, strength)
-            predicted, converged = fit_and_predict(model, train, labels[split.train], test, found.numeric)
-            measured[fold, place] = scores(labels[split.test], predicted, n_classes)
-            unconverged += not converged
-    return _table(task, name, layer, shape_of(matrix)[1], measured, unconverged)
+            fit = task.fit(name, matrix, split.train, labels)
+            measured[fold, place] = scores(labels[split.test], np.asarray(fit.model.predict(test)), task.n_classes)
+            unconverged += place <= controls and not fit.converged
+            strengths += [fit.strength] if place == 0 else []
+    permuted = measured[:, 1 + controls :].mean(axis=0)  # (n_permutations, n_scores)
+    as_good = (permuted >= measured[:, 0].mean(axis=0)).sum(axis=0)
+    p = (1 + as_good) / (1 + permutations) if permutations else np.full(measured.shape[2], np.nan)
+    table = _table(task, name, layer, shape_of(matrix)[1], measured[:, : 1 + controls])
+    table.insert(list(table.columns).index("control_of"), "p", p)
+    return table.assign(strength=float(np.median(strengths)), n_permutations=permutations, n_unconverged=unconverged)
 
 
 def names_of(n_classes: int) -> tuple[str, ...]:
@@ -125,9 +111,7 @@ def names_of(n_classes: int) -> tuple[str, ...]:
     return OF_CLASSES if n_classes else OF_NUMBERS
 
 
-def _table(
-    task: Task, name: str, layer: int | None, n_columns: int, measured: np.ndarray, unconverged: int
-) -> pd.DataFrame:
+def _table(task: Task, name: str, layer: int | None, n_columns: int, measured: np.ndarray) -> pd.DataFrame:
     """measured (n_folds, 1 + n_controls, n_scores): the real labels first."""
     found, n_classes = task.found, task.n_classes
     value = found.value
@@ -165,7 +149,6 @@ def _table(
             "n_folds": len(task.splits),
             "n_controls": measured.shape[1] - 1,
             "n_left_out": task.n_left_out,
-            "n_unconverged": unconverged,
         }
     )
 
@@ -231,5 +214,6 @@ def findings(frame: pd.DataFrame) -> list[str]:
             f"{top['value']:.2f} [{top['low']:.2f}, {top['high']:.2f}]; chance is {top['chance']:.2f}"
         )
         control = "" if pd.isna(top["control"]) else f", random labels of each {top['control_of']} {top['control']:.2f}"
-        sentences.append(f"{sentence}{control}.")
+        p = "" if pd.isna(top["p"]) else f" (p = {top['p']:.2g} of {top['n_permutations']} permutations)"
+        sentences.append(f"{sentence}{control}{p}.")
     return sentences

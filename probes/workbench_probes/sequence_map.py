@@ -49,6 +49,7 @@ def sequence_map(
     by        a column of the sequences, for the colours; it has no part in the places
     features  choices, weights, probabilities or tokens
     method    "tsne" or "umap"
+    max_rows  so many labelled sequences, drawn at random; None: all
 
     Returns one row a sequence: seq, x, y, by, label, lang, domain, source, n_tokens, features, method. The same seed
     gives the same map on the same machine. InputError for fewer than 4 sequences, if all are alike, or without UMAP.

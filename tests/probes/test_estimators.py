@@ -8,14 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse, stats
 from sklearn import metrics
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
 
 from workbench_probes.estimators import (
     baseline,
+    best_strength,
     bounded,
     chance,
-    fit_and_predict,
     fold_interval,
-    pipeline,
+    learn,
     scores,
 )
 
@@ -79,8 +81,8 @@ def test_the_interval_covers_the_score_of_noise():
         values = []
         for test in folds:
             train = np.setdiff1d(np.arange(100), test)
-            predicted, _ = fit_and_predict(pipeline("hidden", "token", False, 1.0), x[train], y[train], x[test], False)
-            values.append(scores(y[test], predicted, 2)[0])
+            model = learn("hidden", "token", x[train], y[train], train, [1.0]).model
+            values.append(scores(y[test], model.predict(x[test]), 2)[0])
         low, high = fold_interval(np.array(values), 0.25)
         missed += not low <= 0.5 <= high
     assert missed <= 9
@@ -89,7 +91,40 @@ def test_the_interval_covers_the_score_of_noise():
 @pytest.mark.parametrize("features", ["choices", "weights", "tokens"])
 def test_a_single_class_and_empty_columns(features: str):
     x = sparse.csr_array(np.zeros((4, 3), np.float32))
-    probe = pipeline(features, "sequence", False, 1.0)
-    assert fit_and_predict(probe, x, np.ones(4, int), x[:2], False)[0].tolist() == [1, 1]
-    assert len(fit_and_predict(probe, x, np.array([0, 1, 0, 1]), x, False)[0]) == 4
-    assert np.isfinite(fit_and_predict(pipeline(features, "token", True, 1.0), x, np.arange(4.0), x, True)[0]).all()
+    text = np.arange(4)
+    for strengths in ([1.0], [0.1, 1.0]):
+        assert learn(features, "sequence", x, np.ones(4, int), text, strengths).model.predict(x[:2]).tolist() == [1, 1]
+        assert len(learn(features, "sequence", x, np.array([0, 1, 0, 1]), text, strengths).model.predict(x)) == 4
+        assert np.isfinite(learn(features, "token", x, np.arange(4.0), text, strengths).model.predict(x)).all()
+
+
+def memory_and_signal(n_texts: int = 40, rows: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A column that hints at the label, and 60 that only tell texts apart: by them labels can be learned by heart."""
+    random = np.random.default_rng(0)
+    text = np.repeat(np.arange(n_texts), rows)
+    y = random.permutation(n_texts)[text] % 2
+    x = np.column_stack([2 * y + random.normal(0, 1, len(y)), random.normal(size=(n_texts, 60))[text]]).astype(
+        np.float32
+    )
+    return x, y, text
+
+
+def test_the_strength_is_chosen_by_texts_that_were_not_learned_from():
+    """Seen texts reward a weak penalty: they can be known by heart. Unseen ones don't."""
+    x, y, text = memory_and_signal()
+    strengths = (1e-4, 1e-2, 1.0, 100.0)
+    by_row = best_strength("choices", "token", x, y, np.arange(len(y)), strengths)
+    by_text = best_strength("choices", "token", x, y, text, strengths)
+    assert by_text < by_row
+
+    def by_hand(strength: float) -> float:
+        found = []
+        for train, test in StratifiedGroupKFold(3, shuffle=True, random_state=0).split(x, y, text):
+            model = LogisticRegression(C=strength, class_weight="balanced", max_iter=200, tol=1e-3)
+            found.append(metrics.balanced_accuracy_score(y[test], model.fit(x[train], y[train]).predict(x[test])))
+        return float(np.mean(found))
+
+    assert by_text == max(strengths, key=by_hand)
+    assert learn("choices", "token", x, y, text, strengths).strength == by_text
+    assert best_strength("choices", "token", x, x[:, 0].astype(float), text, (1e-6, 1.0)) == 1.0
+    assert best_strength("choices", "token", x, y, text // 100, strengths) == strengths[0]  # one text: nothing to part

@@ -46,9 +46,13 @@ def test_hidden_states_against_the_model_one_text_at_a_time(demo_trace: Path, mo
 
 
 def test_hidden_states_know_the_language(demo_trace: Path):
-    rows = main(probe(Trace(demo_trace), "lang", features=["hidden", "choices"], layers=[2], folds=3, drop_rare=True))
-    assert list(rows.index) == [("choices", 2), ("hidden", 2)]
-    assert rows.loc[("hidden", 2), "value"] > 0.8 > 0.5 > rows.loc[("hidden", 2), "control"]
+    rows = main(
+        probe(Trace(demo_trace), "lang", features=["hidden", "choices"], layers=[1, 2], folds=3, drop_rare=True)
+    )
+    assert list(rows.index) == [(name, layer) for name in ("choices", "hidden") for layer in (-1, 1, 2)]
+    for layer in (2, -1):
+        assert rows.loc[("hidden", layer), "value"] > 0.8 > 0.5 > rows.loc[("hidden", layer), "control"]
+    assert rows.loc[("hidden", -1), "n_columns"] == 2 * rows.loc[("hidden", 2), "n_columns"]
 
 
 def test_another_model_is_refused(demo_trace: Path, tmp_path: Path, model):

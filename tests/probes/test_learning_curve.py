@@ -52,7 +52,7 @@ def test_wrong_parts(tmp_path: Path):
     for options, said in [
         ({"fractions": ()}, "fractions are"),
         ({"fractions": (0.5, 2)}, "up to 1"),
-        ({"features": ["hidden"]}, "is of one layer"),
+        ({"strength": ()}, "strength is"),
     ]:
         with pytest.raises(InputError, match=said):
             learning_curve(trace, "lang", **options)

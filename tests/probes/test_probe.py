@@ -63,6 +63,58 @@ def test_the_same_seed_gives_the_same_table(trace: Trace):
     assert (first["n_rows"] == 300).all() and (first["control_of"] == "token type").all()
 
 
+def test_permuted_labels_score_chance_and_give_p(trace: Trace):
+    found = probe(trace, "lang", features=["choices"], layers=[0, KNOWS], controls=0, permutations=19)
+    rows = main(found)
+    assert rows.loc[("choices", KNOWS), "p"] == rows.loc[("choices", -1), "p"] == pytest.approx(1 / 20)
+    assert rows.loc[("choices", 0), "p"] > 0.05
+    assert (found["n_permutations"] == 19).all() and found["control"].isna().all()
+    assert "(p = 0.05 of 19 permutations)" in findings(found)[0]
+    plain = probe(trace, "lang", features=["choices"], layers=[0, KNOWS], controls=0)
+    assert plain["p"].isna().all() and "permutations" not in findings(plain)[0]
+    np.testing.assert_array_equal(plain["value"], found["value"])
+    again = prepare(trace, "lang").permuted(3)
+    np.testing.assert_array_equal(again, prepare(trace, "lang").permuted(3))
+    assert (again != prepare(trace, "lang").permuted(4)).any()
+
+
+def test_p_of_noise_is_spread_evenly(tmp_path: Path):
+    """Tokens of a text share a label that nothing depends on; texts, not tokens, change places, so p is no smaller
+    than it should be. (Shuffled tokens would give small ones: a text's own experts tell its label.)"""
+    values = []
+    for seed in range(6):
+        random = np.random.default_rng(seed)
+        seq = np.repeat(np.arange(16), 10)
+        experts = np.where(random.random(160) < 0.7, random.integers(0, 6, 16)[seq], random.integers(0, 6, 160))
+        rows = pd.DataFrame({"topic": random.permutation(["x", "y"] * 8)})
+        noise = full_trace(tmp_path / f"{seed}.duckdb", experts[:, None, None], n_experts=6, seq=seq, sequences=rows)
+        options = {"features": ["choices"], "unit": "token", "controls": 0, "permutations": 9, "folds": 4}
+        values.append(main(probe(noise, "topic", **options))["p"].iloc[0])
+    assert 0.2 < np.mean(values) < 0.9 and sum(value <= 0.1 for value in values) <= 2
+
+
+def test_a_strength_is_chosen_inside_the_training_texts(trace: Trace, monkeypatch: pytest.MonkeyPatch):
+    """Whatever chooses sees the training rows alone, and a label of a test row changes nothing."""
+    from workbench_probes import estimators, task
+
+    seen = []
+
+    def spy(features, unit, x, y, text, strengths):
+        seen.append(set(text.tolist()))
+        return learned(features, unit, x, y, text, strengths)
+
+    learned = estimators.learn
+    monkeypatch.setattr(task, "learn", spy)
+    options = {"features": ["choices"], "layers": [KNOWS], "controls": 0, "strength": (10, 0.01, 0.1)}
+    rows = main(probe(trace, "lang", **options))
+    made = prepare(trace, "lang", strength=(10, 0.01, 0.1))
+    assert made.strengths == (0.01, 0.1, 10) and rows["strength"].isin(made.strengths).all()
+    assert seen == [set(made.group[split.train].tolist()) for split in made.splits]
+    for texts, split in zip(seen, made.splits, strict=True):
+        assert not texts & set(made.group[split.test].tolist())
+    assert rows.loc[("choices", KNOWS), "low"] > 0.9
+
+
 def test_tokens_of_a_text_know_its_language_too(trace: Trace):
     rows = main(probe(trace, "lang", unit="token", features=["choices", "weights"]))
     for name in ("choices", "weights"):
@@ -159,6 +211,8 @@ def test_a_group_of_sources_leaves_too_few_folds(trace: Trace):
 def test_wrong_options(trace: Trace):
     for options, said in [
         ({"strength": 0}, "strength is 0"),
+        ({"strength": [1, float("nan")]}, "strength is"),
+        ({"permutations": -1}, "permutations is -1"),
         ({"controls": -1}, "controls is -1"),
         ({"seed": -1}, "seed is -1"),
         ({"max_rows": 1}, "max_rows is 1"),
@@ -172,11 +226,10 @@ def test_wrong_options(trace: Trace):
 
 def test_a_run_that_counts_is_refused(tmp_path: Path):
     rows = [{"text": "Alle Menschen", "lang": "de"}, {"text": "All human beings", "lang": "en"}]
-    counted = capture.trace(
-        "demo", corpus.from_rows(rows, "texts"), tmp_path / "t.duckdb", record=["counts"], progress=False
-    )
+    given = corpus.from_rows(rows, "texts")
+    counted = capture.trace("demo", given, tmp_path / "t.duckdb", counts_by="seq", progress=False)
     for ask in (probe, coefficients, learning_curve, clusters, sequence_map):
-        with pytest.raises(InputError, match="record counts"):
+        with pytest.raises(InputError, match="counts"):
             ask(counted, "lang")
 
 

@@ -5,6 +5,10 @@ and `findings(frame) -> list of sentences`, and its docstring defines every numb
 Here the names are the functions.
 
 Every table carries sample sizes and an uncertainty from resampling texts, never tokens: see `resampling`.
+
+Some arguments mean the same everywhere: n_resamples, resamples of texts for the intervals (0: none, NaN);
+n_permutations, shuffles of the labels over texts for the null and p (0: none, NaN); seed, of everything drawn. All
+functions refuse what they can't answer with an InputError that says what was given, what was expected, what to do.
 """
 
 import inspect
@@ -76,13 +80,13 @@ __all__ = [
 
 
 def find(name: str) -> tuple[Callable[..., pd.DataFrame], Callable[[pd.DataFrame], Figure]]:
-    """An analysis and its figure. InputError lists the analyses there are."""
+    """An analysis (trace or model → table) and its figure (table → figure). InputError lists the analyses there are."""
     module = file(name)
     return getattr(module, module.__name__.rpartition(".")[2]), module.figure
 
 
 def file(name: str) -> ModuleType:
-    """The file of an analysis, for its `findings` and its docstring."""
+    """The file of an analysis, for its `findings` and its docstring. InputError lists the analyses there are."""
     name = name.replace("-", "_")
     if name not in NAMES:
         raise InputError(f"there is no analysis {name!r}; choose from {', '.join(NAMES)}.")
@@ -95,14 +99,20 @@ def question(name: str) -> str:
 
 
 def subject(ask: Callable[..., pd.DataFrame]) -> str:
-    """What an analysis looks at: "trace", or "model" where it takes the weights or runs the model itself."""
+    """What an analysis looks at: "trace", or "model" where it takes the weights or runs the model itself.
+
+    ask  the function, as from `find`
+    """
     return next(iter(inspect.signature(ask).parameters))
 
 
 def arguments(ask: Callable[..., pd.DataFrame], options: Mapping[str, str]) -> dict[str, Any]:
     """Options as text, from a command line, as arguments of an analysis; its type hints decide.
 
-    A tuple is written with commas, as in `windows=4,16`; a flag as true or false.
+    ask      the function, as from `find`
+    options  name → text. A tuple is written with commas, as in `windows=4,16`; a flag as true or false.
+
+    InputError for a name that the analysis hasn't, and a text that isn't of the type.
     """
     hints = get_type_hints(ask)
     known = list(inspect.signature(ask).parameters)[1:]

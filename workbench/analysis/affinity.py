@@ -54,6 +54,8 @@ def affinity(
     with low, high; expected; lift with lift_low, lift_high; p, q; n_expert tokens that chose the expert; n_experts,
     n_next_experts; n_tokens with experts in both layers; n_texts, n_blocks. NaN: the probability of an expert never
     chosen, lift and p where no pair is expected, intervals and p where there is only one text.
+
+    InputError for a gap that the trace has no layers for.
     """
     if not 1 <= gap < trace.n_layers:
         raise InputError(

@@ -62,6 +62,7 @@ def bandwidth(
     attention_parameters  of one layer; other_parameters: all else read in a step (shared experts, dense layers, head)
     kv_bytes              keys and values of one text of the batch, all layers
     attention_flops       of one token: scores and sums over the context
+    n_devices             that the experts are spread over
     peak_bandwidth        GB/s of a device; peak_flops: TFLOP/s of a device
     tpot                  measured ms a step, one for each of batch_tokens
     n_batches             batches of each size, at most, spread evenly over the texts

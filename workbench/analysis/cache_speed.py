@@ -20,6 +20,8 @@ Defaults: 25 GB/s and 10 µs (PCIe 4 ×16 in practice), 1,000 GB/s (a graphics c
 
 A capacity is **worth it** (column `worth`) if it is the policy's smallest that gives at least `target` times the speed
 of everything resident, while holding less than everything. The interval is that of the hit rate.
+
+Source: ours.
 """
 
 from collections.abc import Mapping, Sequence

@@ -77,7 +77,7 @@ def _cells_of_counts(trace: Trace, sequences: pd.DataFrame, by: str | None, with
         if name is not None and name not in groups:
             raise InputError(
                 f"run {trace.run!r} counted texts by {', '.join(groups)}, so nothing is known by {name!r}: trace again "
-                f"with --group {','.join([*groups, name])}, or without --group."
+                f"with --counts-by {','.join([*groups, name])}, or --counts-by seq."
             )
     label, labels = token_labels(trace, sequences, of_sequence, by)
     n_tokens = rows["n_tokens"].to_numpy()

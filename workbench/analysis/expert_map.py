@@ -35,6 +35,8 @@ def expert_map(model: Any, *, layers: tuple[int, ...] | None = None) -> pd.DataF
     Returns one row a layer × matrix × expert: layer, matrix (gate, up, down, all), expert; x, y; norm (Euclidean, of
     the flattened matrix); x_share, y_share in [0, 1]; even_share; n_experts. Shares are NaN where all experts are
     equal; y is 0 where there are fewer than three experts, and both are 0 for a single one.
+
+    InputError if no layer has experts whose weights can be read.
     """
     from workbench.experts import grams, read
 

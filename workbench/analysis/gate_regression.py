@@ -50,6 +50,8 @@ def gate_regression(
     Returns one row a layer × matrix (gate, up, down, all): measure, layer, matrix; slope with low, high; intercept; r,
     r2 with r2_low, r2_high; p, q; mean_expert_cosine, mean_router_cosine over pairs; n_experts, n_pairs. NaN where
     there are fewer than three pairs, or all x or all y are equal.
+
+    InputError for another measure, and if no layer has both router rows and experts' weights.
     """
     from workbench.experts import numbers, read
 

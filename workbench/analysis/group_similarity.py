@@ -52,6 +52,9 @@ def group_similarity(
     other, layer; cosine with cosine_low, cosine_high; js with js_low, js_high; null, null_high, excess; p, q;
     n_tokens, n_tokens_other, n_texts, n_texts_other; n_unlabelled sequences left out for want of a label. NaN: all of a
     pair where a group has no assignment, intervals and null where a group is a single text.
+
+    InputError for other vectors, a column that isn't there, and probabilities by phase or position, which are
+    recorded a sequence.
     """
     if vectors not in VECTORS:
         raise InputError(f"vectors is {vectors!r}; expected one of {', '.join(VECTORS)}.")

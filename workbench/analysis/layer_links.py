@@ -40,6 +40,8 @@ def layer_links(trace: Trace, *, gap: int | None = None, n_resamples: int = 1000
     normalised; chance; within_text; excess with excess_low, excess_high; n_experts, n_other_experts; n_tokens with
     experts in both layers; n_texts, n_blocks. NaN: all values where no token has experts in both, normalised where
     `most` is 0, intervals where there is only one text.
+
+    InputError for a single MoE layer, and a gap that the trace has no layers for.
     """
     n_layers = trace.n_layers
     if n_layers < 2:

@@ -5,7 +5,6 @@ the tokens up to the first that differs are compared: what a model generates may
 longer see the same context. A text that occurs several times is matched in the order of occurrence.
 """
 
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import pandas as pd
 
 from workbench import schema
 from workbench.errors import InputError
+from workbench.location import exists
 from workbench.schema import UNKNOWN_TOKEN
 from workbench.tracefile import Trace
 
@@ -63,9 +63,9 @@ def other_run(trace: Trace, other: Trace | str | None) -> Trace:
     if other in runs:
         return Trace(trace.path, other)
     path, mark, run = other.rpartition("#")
-    if os.path.exists(other):
+    if exists(other):
         return Trace(other)
-    if mark and os.path.exists(path):
+    if mark and exists(path):
         return Trace(path, run)
     raise InputError(
         f"other is {other!r}: neither a run of this file ({listed}) nor a trace file. Expected the name of a run, a "

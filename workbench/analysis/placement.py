@@ -133,14 +133,20 @@ def assign(
     return table_of(trace, counted, solution, devices)
 
 
+def model_layers(trace: Trace) -> list[int]:
+    """Number of each router's layer in the model, read from its name; its place among the routers if that has none."""
+    found = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", str(name)) for name in trace.layers["name"]]
+    return [int(number[1]) if number else layer for layer, number in enumerate(found)]
+
+
 def table_of(trace: Trace, counted: Traffic, solution: Solution, devices: int) -> pd.DataFrame:
     """A solution as a table."""
-    numbers = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", str(name)) for name in trace.layers["name"]]
+    numbers = model_layers(trace)
     tables = [
         pd.DataFrame(
             {
                 "layer": layer,
-                "model_layer": int(number[1]) if (number := numbers[layer]) else layer,
+                "model_layer": numbers[layer],
                 "expert": np.arange(len(where)),
                 "device": where,
                 "count": counted.load[layer].astype(np.int64),

@@ -73,6 +73,8 @@ def segment_cache(
     belady), window (m, 0 where there is none), ratio, capacity (in the rows of the whole model, of all layers
     together), count (compatible, honest); hit_rate with low, high; hits, accesses, first_touches; share_of_belady with
     share_low, share_high; n_experts, n_tokens, n_texts, access.
+
+    InputError for no window or one below 1, and no ratio or one that isn't above 0.
     """
     check(access, ACCESS, "access")
     check(scope, SCOPES, "scope")

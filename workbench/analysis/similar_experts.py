@@ -51,6 +51,8 @@ def similar_experts(
     Returns one row an other expert, the most alike first: by, layer, expert, other_layer, other; value in [-1, 1] with
     low, high; count; both (-1 in other layers); n_labels; n_tokens that have one of the labels; n_texts. NaN: an expert
     that no token chose, intervals of fewer than three texts.
+
+    InputError for another `by`, fewer than 2 labels, and a layer or an expert that isn't there.
     """
     if by not in LABELS:
         raise InputError(f"by is {by!r}; expected one of {', '.join(LABELS)}.")

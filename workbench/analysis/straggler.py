@@ -69,6 +69,8 @@ def straggler(
     stragglers); value with low, high; batching, placement ("contiguous", "table" or the file), n_devices, n_experts;
     n_batches, n_tokens in them; n_texts. NaN: everything where no batch could be filled or no token chose an expert,
     intervals where the texts give fewer than eight blocks (see `batches`).
+
+    InputError for a capacity factor that isn't above 0, and a placement that doesn't fit the trace.
     """
     check(batch_tokens, batching, n_batches)
     if any(not (factor > 0 and math.isfinite(factor)) for factor in capacity_factors):

@@ -11,6 +11,8 @@ both have are counted. Of the tokens of one id (`per="id"`), or of one text (`pe
 Compare the overlap with that of all tokens, and with what chance gives (`agreement`): an id whose experts changed
 stands far below. Intervals cover 95% of bootstrap resamples of texts; a single text, and an id in a single text, has
 none.
+
+Source: ours.
 """
 
 from collections.abc import Iterable

@@ -77,6 +77,8 @@ def uncertainty(
     n_compared tokens that have the value; threshold (near_uniform, experts_to_mass; else NaN); n_experts; n_tokens,
     n_sequences, n_texts of the group; n_unlabelled sequences without a label. NaN: a mean over nothing, the correlation
     of something that doesn't vary, the interval of a single text.
+
+    InputError for near_uniform outside [0, 1], mass outside (0, 1], and what wasn't recorded.
     """
     if not 0 <= near_uniform <= 1:
         raise InputError(f"near_uniform is {near_uniform}; expected a part of the largest entropy, 0 to 1.")

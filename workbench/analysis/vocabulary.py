@@ -71,6 +71,8 @@ def vocabulary(
     Returns one row a layer × token id: ids, ranks, layer, token_id, text; expert, value with low, high; chance,
     chance_high; p, q; count (tokens that chose the expert); n_tokens and n_texts with the id, n_effective; n_experts;
     layer_value with layer_low, layer_high, layer_chance, n_ids. Ids whose tokens chose no expert in a layer have NaN.
+
+    InputError for ranks below 0, minimum or most below 1, and if no id occurs `minimum` times.
     """
     if ranks < 0:
         raise InputError(f"ranks is {ranks}; expected how many of a token's choices count, 0 for all.")

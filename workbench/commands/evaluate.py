@@ -19,7 +19,19 @@ from workbench.commands.edits import (
     TopPs,
     recipe_of,
 )
-from workbench.commands.options import Demo, Device, Dtype, Json, Overwrite, Revision, Trust, check_output, pair
+from workbench.commands.options import (
+    Demo,
+    Device,
+    Dtype,
+    Json,
+    Layout,
+    Overwrite,
+    Revision,
+    Trust,
+    check_layout,
+    check_output,
+    pair,
+)
 from workbench.commands.record import LongTexts
 from workbench.errors import InputError
 from workbench.printing import plain, print_table, show
@@ -66,6 +78,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the first draw and of the resamples.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the whole table: .csv, .parquet or .tex.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Write the figure: .html, .svg, .png or .pdf.")] = None,
+    layout: Layout = "screen",
     overwrite: Overwrite = False,
     as_json: Json = False,
     revision: Revision = None,
@@ -78,6 +91,7 @@ def evaluate(
 
     check_output(out, (".csv", ".parquet", ".tex"), overwrite)  # before the model loads
     check_output(figure, FORMATS, overwrite)
+    check_layout(layout, figure)
     if corpus and tasks:
         raise InputError("--corpus and --tasks are two tables: give one of them.")
     if limit is not None and not tasks:
@@ -126,7 +140,7 @@ def evaluate(
     if out is not None:
         save_table(table, out, overwrite=overwrite)
     if figure is not None:
-        save(subject.figure(table), figure, overwrite=overwrite)
+        save(subject.figure(table), figure, layout=layout, overwrite=overwrite)
     if as_json:
         show(table, as_json)
         return

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from workbench.commands.options import Demo, Device, Dtype, Json, Overwrite, Revision, Trust, check_output
+from workbench.commands.options import (
+    Demo,
+    Device,
+    Dtype,
+    Json,
+    Layout,
+    Overwrite,
+    Revision,
+    Trust,
+    check_layout,
+    check_output,
+)
 from workbench.errors import InputError
 
 ROWS = 10
@@ -42,6 +53,7 @@ def patch(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the table: .csv, .parquet or .tex.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Write the figure: .html, .svg, .png or .pdf.")] = None,
+    layout: Layout = "screen",
     overwrite: Overwrite = False,
     as_json: Json = False,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in one forward pass, at most.")] = 4096,
@@ -62,6 +74,7 @@ def patch(
 
     check_output(out, (".csv", ".parquet", ".tex"), overwrite)
     check_output(figure, FORMATS, overwrite)
+    check_layout(layout, figure)
     if pairs is not None:
         if source is not None or target is not None or answers is not None:
             raise InputError("--pairs goes without --source, --target and --answers: give one or the other.")
@@ -90,7 +103,7 @@ def patch(
     if out is not None:
         save_table(frame, out, overwrite=overwrite)
     if figure is not None:
-        save(patch_effects.figure(frame), figure, overwrite=overwrite)
+        save(patch_effects.figure(frame), figure, layout=layout, overwrite=overwrite)
     if as_json:
         show(frame, as_json)
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from workbench.commands.edits import numbers
-from workbench.commands.options import File, Json, Overwrite, Run, check_output
+from workbench.commands.options import File, Json, Layout, Overwrite, Run, check_layout, check_output
 from workbench.errors import InputError
 from workbench.printing import show
 
@@ -22,6 +22,25 @@ class Method(Enum):
     agglomerative = "agglomerative"
     tsne = "tsne"
     umap = "umap"
+
+
+OF_PROBES = ("unit", "classes", "group", "folds", "drop_rare", "strength")
+TAKES = {
+    "probe": (*OF_PROBES, "controls", "permutations", "model"),
+    "learning_curve": (*OF_PROBES, "model"),
+    "coefficients": OF_PROBES,
+    "clusters": ("method",),
+    "sequence_map": ("method",),
+}
+"""The options that each question takes, beside those of all."""
+
+
+def strengths(text: str) -> list[float]:
+    """Numbers with commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--strength {text!r}: expected numbers above 0 with commas, as in 0.1,1,10.") from None
 
 
 def probe(
@@ -50,8 +69,15 @@ def probe(
     group: Annotated[
         str | None, typer.Option(help="A further column whose equal values are never split, such as source.")
     ] = None,
-    folds: Annotated[int, typer.Option(help="Of cross-validation over texts.")] = 5,
-    controls: Annotated[int, typer.Option(help="Random labellings that the same probe learns, for selectivity.")] = 1,
+    folds: Annotated[int | None, typer.Option(help="Of cross-validation over texts. [default: 5]")] = None,
+    controls: Annotated[
+        int | None,
+        typer.Option(help="Random labellings that the same probe learns, for selectivity. [default: 1]"),
+    ] = None,
+    permutations: Annotated[
+        int | None,
+        typer.Option(help="Of the labels over texts, for a p value; each takes as long as the probe. [default: 0]"),
+    ] = None,
     rows: Annotated[
         int | None,
         typer.Option(
@@ -62,7 +88,13 @@ def probe(
     drop_rare: Annotated[
         bool, typer.Option("--drop-rare", help="Leave out classes that are in fewer texts than there are folds.")
     ] = False,
-    strength: Annotated[float, typer.Option(help="C of the probe: the larger, the weaker its penalty.")] = 1.0,
+    strength: Annotated[
+        str | None,
+        typer.Option(
+            help="C of the probe: the larger, the weaker its penalty. Of several, as in 0.01,0.1,1,10, the best by "
+            "cross-validation inside the training texts. [default: 1]"
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Of hidden: the model that was traced. [default: the name in the trace]")
     ] = None,
@@ -84,6 +116,7 @@ def probe(
     seed: Annotated[int, typer.Option(help="Of splits, control labels, draws and maps.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the table: .csv, .parquet or .tex.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Write the figure: .html, .svg, .png or .pdf.")] = None,
+    layout: Layout = "screen",
     run: Run = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -111,6 +144,7 @@ def probe(
     from workbench.figures import FORMATS
 
     check_output(figure, FORMATS, overwrite)
+    check_layout(layout, figure)
     from importlib import import_module
 
     from workbench.export import save_table
@@ -122,30 +156,25 @@ def probe(
         options["features"] = names[0] if question in ("coefficients", "sequence_map") else names
     if rows is not None:
         options["max_rows"] = rows or None
-    if question in ("clusters", "sequence_map"):
-        given = {"--unit": unit, "--classes": classes, "--group": group, "--model": model, "--drop-rare": drop_rare}
-        unused = [name for name, value in given.items() if value]
-        if unused:
-            raise InputError(f"{unused[0]} is of probes; --clusters and --map don't take it: leave it out.")
-        if method is not None:
-            options["method"] = method.value
-    else:
-        if method is not None:
-            raise InputError(f"--method {method.value} is of --clusters and --map; leave it out.")
-        options |= {
-            "unit": None if unit is None else unit.value, "classes": classes, "group": group, "folds": folds,
-            "drop_rare": drop_rare, "strength": strength,
-        }  # fmt: skip
-        if question != "coefficients":
-            options["model"] = model
-        if question == "probe":
-            options["controls"] = controls
+    for name, value in {
+        "unit": unit and unit.value, "classes": classes, "group": group, "folds": folds, "controls": controls,
+        "permutations": permutations, "drop_rare": drop_rare or None, "model": model, "method": method and method.value,
+        "strength": None if strength is None else strengths(strength),
+    }.items():  # fmt: skip
+        if value is None:
+            continue
+        if name not in TAKES[question]:
+            asked_for = (
+                "probes alone" if question == "probe" else "--" + question.removeprefix("sequence_").replace("_", "-")
+            )
+            raise InputError(f"--{name.replace('_', '-')} has no part in {asked_for}; leave it out.")
+        options[name] = value
     module = import_module(f"workbench_probes.{question}")
     table = getattr(module, question)(Trace(file, run), target, **options)
     if out is not None:
         save_table(table, out, overwrite=overwrite)
     if figure is not None:
-        save(module.figure(table), figure, overwrite=overwrite)
+        save(module.figure(table), figure, layout=layout, overwrite=overwrite)
     if as_json or (out is None and figure is None):
         show(table, as_json)
     if not as_json:
