@@ -85,7 +85,7 @@ def from_arrays(
                         "seq": order[here].astype(np.int32),
                         "pos": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
                         "token_id": tokens[here].astype(np.int32),
-                        "phase": np.concatenate([_phases(row) for row in part]),
+                        "phase": np.concatenate([phases(row) for row in part]),
                         "nll": np.full(here.stop - here.start, np.nan, dtype=np.float32),
                         **({} if predicted is None else {"predicted": predicted[here].astype(np.int32)}),
                     },
@@ -173,7 +173,7 @@ def _sequence_rows(sequences: pd.DataFrame | None, order: np.ndarray) -> list[di
     found, counts = np.unique(order, return_counts=True)
     lengths = dict(zip(found.tolist(), counts.tolist(), strict=True))
     if sequences is None:
-        return [_sequence_row(seq, n, {}) for seq, n in lengths.items()]
+        return [sequence_row(seq, n, {}) for seq, n in lengths.items()]
     frame = sequences if "seq" in sequences else sequences.reset_index(drop=True).rename_axis("seq").reset_index()
     ids = [int(seq) for seq in frame["seq"]]
     if len(set(ids)) < len(ids):
@@ -181,10 +181,11 @@ def _sequence_rows(sequences: pd.DataFrame | None, order: np.ndarray) -> list[di
     if missing := sorted(set(lengths) - set(ids)):
         raise InputError(f"sequences has no row for sequence {missing[0]}, which occurs in seq.")
     records = dict(zip(ids, frame.drop(columns="seq").to_dict("records"), strict=True))
-    return [_sequence_row(seq, lengths.get(seq, 0), records[seq]) for seq in sorted(ids)]
+    return [sequence_row(seq, lengths.get(seq, 0), records[seq]) for seq in sorted(ids)]
 
 
-def _sequence_row(seq: int, n_tokens: int, record: Mapping[Any, Any]) -> dict[str, Any]:
+def sequence_row(seq: int, n_tokens: int, record: Mapping[Any, Any]) -> dict[str, Any]:
+    """What a `Block` holds of a sequence, from its columns; those that a trace has no place for become metadata."""
     known = {name: record.get(name) for name in _COLUMNS}
     known = {name: None if value is not None and pd.isna(value) else value for name, value in known.items()}
     n_prompt = n_tokens if known["n_prompt"] is None else int(known["n_prompt"])
@@ -194,7 +195,7 @@ def _sequence_row(seq: int, n_tokens: int, record: Mapping[Any, Any]) -> dict[st
     return {"seq": seq, "n_tokens": n_tokens, **known, "n_prompt": n_prompt, "metadata": metadata}
 
 
-def _phases(row: Mapping[str, Any]) -> np.ndarray:
+def phases(row: Mapping[str, Any]) -> np.ndarray:
     """uint8 (n_tokens,): what follows the prompt was generated."""
     generated = np.arange(row["n_tokens"]) >= row["n_prompt"]
     return np.where(generated, PHASES.index("generated"), PHASES.index("prompt")).astype(np.uint8)

@@ -1,8 +1,8 @@
 """Runs that count: for each router how often experts were chosen, and chosen together, instead of a row a token.
 
-A trace of a very large corpus need not hold every token. `--record counts` keeps the texts (the table `sequences`) and
+A trace of a very large corpus need not hold every token. `--counts-by` keeps the texts (the table `sequences`) and
 
-    loads  how often the tokens of one text and phase chose each expert. With `--group lang,domain` it is those of all
+    loads  how often the tokens of one text and phase chose each expert. With `--counts-by lang,domain`, those of all
            texts of a block that have the same language and domain, so that the table stops growing with the corpus
     pairs  how many tokens of one block of texts chose expert i and expert j of the same router, or of the next one
 
@@ -25,6 +25,7 @@ import pandas as pd
 import pyarrow as pa
 
 from workbench import schema
+from workbench.errors import InputError
 from workbench.schema import PHASES
 from workbench.tracefile import Trace, matrix
 from workbench.transaction import insert_columns, insert_rows, sequence_row
@@ -188,6 +189,10 @@ def pairs(trace: Trace, layer: int, other: int) -> np.ndarray:
         raise trace.only_counts(f"pairs of experts of layers {layer} and {other}")
     if trace.is_part:
         raise trace.only_counts("pairs of experts in a part of its texts")
+    if _settings(trace).get("pairs") is False:
+        raise InputError(
+            f"run {trace.run!r} has no pairs of experts: what it was imported from counts each expert by itself."
+        )
     n_experts = [int(trace.layers["n_experts"].iloc[at]) for at in (layer, other)]
     with schema.reading(trace.path) as con:
         found = con.sql(
