@@ -400,7 +400,7 @@ def test_analyze_refuses(workbench: Command, folder: Path, file: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-# place, prune, merge
+# place, prune, merge-experts
 
 
 @pytest.mark.parametrize("form, suffix", [("table", ".csv"), ("sglang", ".json"), ("vllm", ".json")])
@@ -419,7 +419,7 @@ def test_place_refuses(workbench: Command, file: Path, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["prune", "merge"])
+@pytest.mark.parametrize("verb", ["prune", "merge-experts"])
 def test_fewer_experts(verb: str, workbench: Command, folder: Path, file: Path, tmp_path: Path):
     scores, out = tmp_path / "scores.csv", tmp_path / "smaller"
     asked = workbench("analyze", "importance", file, "--run", "one", *QUICK["importance"], "--out", scores)

@@ -56,13 +56,13 @@ def full(model: Model, texts, folder: Path) -> Trace:
 
 @pytest.fixture(scope="module")
 def counted(model: Model, texts, folder: Path) -> Trace:
-    return trace(model, texts, folder / "counted.duckdb", record=["counts"], **OPTIONS)
+    return trace(model, texts, folder / "counted.duckdb", counts_by="seq", **OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def grouped(model: Model, texts, folder: Path) -> Trace:
     group = ["lang", "domain"]
-    return trace(model, texts, folder / "grouped.duckdb", record="counts", group=group, **OPTIONS)
+    return trace(model, texts, folder / "grouped.duckdb", counts_by=group, **OPTIONS)
 
 
 def by_hand(found: Trace, layer: int, other: int) -> np.ndarray:
@@ -145,7 +145,9 @@ def test_groups_of_texts_give_the_same_numbers_with_intervals_over_blocks(name, 
 
 
 def test_only_what_a_run_is_grouped_by_is_known(grouped: Trace):
-    with pytest.raises(InputError, match="nothing is known by 'source': trace again with --group lang,domain,source"):
+    with pytest.raises(
+        InputError, match="nothing is known by 'source': trace again with --counts-by lang,domain,source"
+    ):
         analysis.load(grouped, by="source")
     with pytest.raises(InputError, match="no counts of a part of its texts"):
         analysis.load(grouped.only([0, 1]))
@@ -165,7 +167,7 @@ def test_every_other_analysis_says_what_was_recorded(counted: Trace):
     assert len(others) > 20
     for name in others:
         arguments = {"other": counted.run} if name in SECOND else GIVEN.get(name, {})
-        with pytest.raises(InputError, match="with --record (counts. It answers .* again with --record )?ids"):
+        with pytest.raises(InputError, match="with --(counts-by. It answers .* again with --)?record ids"):
             analysis.find(name)[0](counted, **arguments)
 
 
@@ -175,7 +177,7 @@ def test_arrays_of_tokens_are_refused(counted: Trace):
         *(lambda name=name: getattr(counted, name)(0) for name in (
             "experts", "weights", "norms", "logits", "entropy", "margin", "shift", "lookahead", "profiles")),
     ):  # fmt: skip
-        with pytest.raises(InputError, match="was traced with --record counts"):
+        with pytest.raises(InputError, match="was traced with --counts-by"):
             ask()
     with pytest.raises(InputError, match="no pairs of experts of layers 0 and 2"):
         analysis.affinity(counted, gap=2)
@@ -219,7 +221,7 @@ def test_families(family: str, tmp_path: Path):
     made = checkpoint.model(family)
     rows = from_rows(checkpoint.rows()[:10], "texts")
     full = trace(made, rows, tmp_path / "full.duckdb", record="ids", max_length=256, long_texts="cut", **OPTIONS)
-    found = trace(made, rows, tmp_path / "c.duckdb", record="counts", max_length=256, long_texts="cut", **OPTIONS)
+    found = trace(made, rows, tmp_path / "c.duckdb", counts_by="seq", max_length=256, long_texts="cut", **OPTIONS)
     for layer in range(full.n_layers):
         for other in {layer, min(layer + 1, full.n_layers - 1)}:
             assert np.array_equal(counts.pairs(found, layer, other).sum(axis=0), by_hand(full, layer, other))
@@ -234,7 +236,7 @@ def test_generated_tokens_and_recipes(model: Model, tmp_path: Path):
     for number, recipe in enumerate(recipes):
         options = OPTIONS | {"generate": 5, "recipe": recipe}
         full = trace(model, rows, tmp_path / f"full{number}.duckdb", record="ids", **options)
-        found = trace(model, rows, tmp_path / f"counts{number}.duckdb", record="counts", **options)
+        found = trace(model, rows, tmp_path / f"counts{number}.duckdb", counts_by="seq", **options)
         for name, arguments in (("load", {"by": "phase"}), ("coactivation", {}), ("affinity", {})):
             pd.testing.assert_frame_equal(asked(name, found, arguments), asked(name, full, arguments), rtol=1e-12)
         assert set(found.sql("SELECT DISTINCT phase FROM loads")["phase"]) == {"prompt", "generated"}
@@ -244,7 +246,7 @@ def test_generated_tokens_and_recipes(model: Model, tmp_path: Path):
 def test_very_many_experts_leave_fewer_blocks(model: Model, texts, counted: Trace, tmp_path: Path, monkeypatch):
     assert counts.n_blocks(counted) == 64
     monkeypatch.setattr(tally, "MOST_CELLS", 9 * 5 * (9 * 9))
-    few = trace(model, texts, tmp_path / "few.duckdb", record="counts", **OPTIONS)
+    few = trace(model, texts, tmp_path / "few.duckdb", counts_by="seq", **OPTIONS)
     assert counts.n_blocks(few) == 9 and validate(few.path).empty
     names = ["layer", "expert", "other", "count", "probability", "expected", "lift", "n_tokens", "n_texts"]
     one, other = (analysis.coactivation(found, n_resamples=0)[names] for found in (few, counted))
@@ -254,17 +256,17 @@ def test_very_many_experts_leave_fewer_blocks(model: Model, texts, counted: Trac
 # Runs that break off.
 
 
-@pytest.mark.parametrize("group", [(), ("lang",)])
+@pytest.mark.parametrize("group", ["seq", "lang"])
 def test_a_run_that_breaks_off_keeps_whole_texts_and_is_finished(
     group, model: Model, texts, tmp_path: Path, monkeypatch
 ):
-    whole = trace(model, texts, tmp_path / "whole.duckdb", record="counts", group=group, **OPTIONS)
+    whole = trace(model, texts, tmp_path / "whole.duckdb", counts_by=group, **OPTIONS)
 
     def stop(done: int, total: int) -> None:
         if done > total / 2:
             raise KeyboardInterrupt
 
-    out, options = tmp_path / "t.duckdb", OPTIONS | {"record": "counts", "group": group}
+    out, options = tmp_path / "t.duckdb", OPTIONS | {"counts_by": group}
     with pytest.raises(KeyboardInterrupt):
         trace(model, texts, out, **(options | {"progress": stop}))
     kept = Trace(out)
@@ -272,7 +274,7 @@ def test_a_run_that_breaks_off_keeps_whole_texts_and_is_finished(
     assert validate(out)["check"].tolist() == ["finished"]
     assert analysis.coactivation(kept, n_resamples=9)["n_tokens"].iloc[0] == kept.n_tokens
     with pytest.raises(InputError, match="its corpus is"):
-        trace(model, texts, out, mode="resume", **(options | {"group": ("domain",)}))
+        trace(model, texts, out, mode="resume", **(options | {"counts_by": "domain"}))
 
     def fail(*_: object) -> None:
         raise RunError("in the midst of counting")
@@ -292,7 +294,7 @@ def test_an_expert_that_does_not_exist_is_not_passed_over(model: Model, texts, t
     rows = capture.layer_rows(model)
     monkeypatch.setattr(capture, "layer_rows", lambda *_: [row | {"n_experts": 5} for row in rows])
     with pytest.raises(RunError, match=r"layer 0 \(.*\) gave a token an expert beyond its 5"):
-        trace(model, texts, tmp_path / "t.duckdb", record="counts", **OPTIONS)
+        trace(model, texts, tmp_path / "t.duckdb", counts_by="seq", **OPTIONS)
 
 
 # Bad requests.
@@ -301,10 +303,12 @@ def test_an_expert_that_does_not_exist_is_not_passed_over(model: Model, texts, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"record": ["counts", "weights"]}, "weights can't be recorded beside them"),
-        ({"record": ["ids"], "group": ["lang"]}, "record counts, or leave it out"),
-        ({"record": "counts", "group": ["language"]}, "no text has a 'language'"),
-        ({"record": ["odd"]}, "can't record odd: choose from ids, .*, or counts alone"),
+        ({"record": ["counts", "weights"]}, "can't record counts beside tokens: count with --counts-by"),
+        ({"record": ["ids"], "counts_by": ["lang"]}, "counts_by or record, not both"),
+        ({"counts_by": ["language"]}, "no text has a 'language'"),
+        ({"counts_by": ["seq", "lang"]}, "counts_by is 'seq,lang'; expected columns .* or just seq"),
+        ({"counts_by": []}, "counts_by is ''; expected columns"),
+        ({"record": ["odd"]}, "can't record odd: choose from ids, .*"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_is_written(options, message, model: Model, texts, tmp_path: Path):
@@ -316,7 +320,7 @@ def test_bad_requests_are_refused_before_anything_is_written(options, message, m
 def test_groups_that_are_no_groups_are_refused(model: Model, texts, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(tally, "MOST_GROUPS", 3)
     with pytest.raises(InputError, match="more than 3 different values of difficulty, lang"):
-        trace(model, texts, tmp_path / "t.duckdb", record="counts", group=["difficulty", "lang"], **OPTIONS)
+        trace(model, texts, tmp_path / "t.duckdb", counts_by=["difficulty", "lang"], **OPTIONS)
 
 
 # Files: older ones, several runs, and everything that opens one.
@@ -331,7 +335,7 @@ def test_a_file_of_format_2_is_read_and_migrated(full: Trace, model: Model, text
     assert "loads" not in set(columns.columns(old)["table"])
     with pytest.raises(InputError, match="has trace format 2, which has no table 'pairs'"):
         export(old, "pairs", tmp_path / "p.csv")
-    second = trace(model, texts, old, record="counts", run="counted", mode="append", **OPTIONS)
+    second = trace(model, texts, old, counts_by="seq", run="counted", mode="append", **OPTIONS)
     assert info(old)["format"] == schema.FORMAT and validate(old).empty
     assert np.array_equal(counts.pairs(second, 0, 1).sum(axis=0), by_hand(full, 0, 1))
     assert analysis.load(Trace(old, full.run), n_resamples=0).equals(analysis.load(full, n_resamples=0))
@@ -347,13 +351,13 @@ def test_what_opens_a_trace_opens_one_that_counts(counted: Trace, tmp_path: Path
             rows = export(counted.path, table, tmp_path / f"{table}.{suffix}")
             assert (rows > 0) == (table in ("loads", "pairs"))
     page = report(counted, tmp_path / "report.html").read_text()
-    assert "--record counts" in page and "The busiest expert" in page
+    assert "--counts-by" in page and "The busiest expert" in page
     run = CliRunner().invoke(app, ["info", str(counted.path)])
     assert run.exit_code == 0 and "counts" in run.output
     run = CliRunner().invoke(app, ["validate", str(counted.path)])
     assert run.exit_code == 0
     run = CliRunner().invoke(app, ["analyze", "cache", str(counted.path)])
-    assert "was traced with --record counts" in str(run.exception)
+    assert "was traced with --counts-by" in str(run.exception)
 
 
 BREAKS = [

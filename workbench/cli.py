@@ -5,11 +5,26 @@ Nothing heavy is imported before a command runs, so that `workbench --help` answ
 
 import typer
 
-from workbench.commands import ask, checkpoints, evaluate, find, learn, measure, page, patch, probe, record, steer
+from workbench.commands import (
+    ask,
+    checkpoints,
+    combine,
+    convert,
+    evaluate,
+    find,
+    learn,
+    measure,
+    page,
+    patch,
+    probe,
+    record,
+    steer,
+)
 
 COMMANDS = {
-    "Record": (record.trace, checkpoints.models),
+    "Record": (record.trace, convert.import_, checkpoints.models),
     "Ask": (ask.info, ask.validate, ask.analyze, probe.probe, ask.report, ask.export, ask.query, page.app),
+    "Combine": (combine.merge, combine.split, combine.sample),
     "Steer": (
         find.find,
         steer.generate,
@@ -18,7 +33,7 @@ COMMANDS = {
         learn.rewire,
         learn.remix,
     ),
-    "Serve": (checkpoints.place, checkpoints.prune, checkpoints.merge),
+    "Serve": (checkpoints.place, checkpoints.prune, checkpoints.merge_experts),
     "Measure": (measure.bench,),
 }
 
@@ -31,4 +46,5 @@ app = typer.Typer(
 )
 for panel, commands in COMMANDS.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        # `import` is no name for a Python function
+        app.command(command.__name__.rstrip("_").replace("_", "-"), rich_help_panel=panel)(command)

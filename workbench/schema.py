@@ -1,4 +1,4 @@
-"""The trace file: one DuckDB file that holds any number of runs. Its tables, its format version, how it is opened.
+"""A trace: one DuckDB file, or a folder of Parquet parts, with any number of runs. Tables, format version, opening.
 
     runs        one pass of one model over corpora
     layers      one MoE router of a run
@@ -16,21 +16,27 @@
 row's largest weight is at most 1, otherwise the smallest power of two that is at least the largest weight.
 A token for which a router chose no expert (dropped, or not seen by that router) has an empty list.
 
+A folder has the same tables as Parquet files (`workbench.folder`), and is read through views of the same names.
+
 A run that counts (`recorded` is just `counts`, see `workbench.counts`) has no rows in tokens, vocabulary, routing and
 profiles; all others have none in loads and pairs.
 """
 
 import os
 import re
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import duckdb
 
+from workbench import folder
 from workbench.errors import InputError
+from workbench.location import Url, is_folder, located
 
 T = TypeVar("T")
 
@@ -67,8 +73,15 @@ CREATE TABLE pairs (
     run VARCHAR, block USMALLINT, layer USMALLINT, other USMALLINT, expert USMALLINT, tokens BIGINT, counts BIGINT[]);
 """
 
+_PHASE = f"CREATE TYPE phase AS ENUM {PHASES}"
+_SELECTIONS = """
+CREATE VIEW selections AS
+    SELECT run, seq, pos, layer, unnest(range(len(experts)))::USMALLINT AS rank, unnest(experts) AS expert,
+        unnest(weights)::FLOAT / 65535::FLOAT * scale AS weight
+    FROM routing"""
+
 SCHEMA = f"""
-CREATE TYPE phase AS ENUM {PHASES};
+{_PHASE};
 CREATE TABLE format (version INTEGER, written_by VARCHAR);
 CREATE TABLE runs (
     run VARCHAR, model VARCHAR, revision VARCHAR, family VARCHAR, engine VARCHAR, dtype VARCHAR, recipe JSON,
@@ -87,10 +100,7 @@ CREATE TABLE routing (
     entropy FLOAT, margin FLOAT, logits FLOAT[], norms FLOAT[], shift FLOAT, lookahead USMALLINT[]);
 CREATE TABLE profiles (run VARCHAR, seq INTEGER, layer USMALLINT, probs FLOAT[]);
 {COUNTED}
-CREATE VIEW selections AS
-    SELECT run, seq, pos, layer, unnest(range(len(experts)))::USMALLINT AS rank, unnest(experts) AS expert,
-        unnest(weights)::FLOAT / 65535::FLOAT * scale AS weight
-    FROM routing;
+{_SELECTIONS};
 """
 
 MIGRATIONS = {
@@ -111,6 +121,9 @@ TABLES = (
 _SINCE = {"loads": 3, "pairs": 3}
 """The format that a table came with, where that isn't the first."""
 
+MEMORY = "WORKBENCH_MEMORY"
+"""The environment variable that says how much memory DuckDB may use, as in `4GB`."""
+
 # Every read-only connection of a process has these same settings, because DuckDB shares one instance among connections
 # to the same file and refuses a second one that is configured differently.
 _CONFINED = {"enable_external_access": "false", "python_enable_replacements": "false"}
@@ -130,13 +143,19 @@ def create(path: Path) -> None:
 @contextmanager
 def reading(path: str | os.PathLike, *, wait: float = READ_WAIT) -> Iterator[duckdb.DuckDBPyConnection]:
     """A read-only connection to the trace at `path` that can touch nothing else: no files, no network, no Python names.
+    (To a folder it isn't read-only by itself: a user's SQL goes through `workbench.query.check` first.)
 
     Waits up to `wait` seconds for a writer that is committing. InputError if the file is not a readable trace.
     """
     con = connect(path, wait=wait)
     try:
         yield con
-    except duckdb.IOException as error:  # a part of the file that only this question needed is lost
+    except duckdb.Error as error:
+        if is_folder(there := located(path)):
+            raise InputError(folder.why_not(there, columns(), error)) from error
+        if not isinstance(error, duckdb.IOException):
+            raise
+        # a part of the file that only this question needed is lost
         raise InputError(_why_not(Path(path), error)) from error
     finally:
         con.close()
@@ -154,11 +173,16 @@ def writing(path: str | os.PathLike, *, wait: float) -> Iterator[duckdb.DuckDBPy
 
 def connect(path: str | os.PathLike, *, read_only: bool = True, wait: float = READ_WAIT) -> duckdb.DuckDBPyConnection:
     """Open and check the trace at `path`; see `reading`."""
-    path = Path(path)
+    there = located(path)
+    if is_folder(there):
+        if not read_only:
+            raise InputError(
+                f"{path} is a folder; expected a DuckDB file. `workbench merge {path} --out FILE` makes one."
+            )
+        return _connect_folder(there)
+    path = Path(there)
     if not path.exists():
         raise InputError(f"{path}: no such file. Write one with `workbench trace --out {path}`.")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; expected a trace file.")
     con = _open(path, read_only, wait)
     try:
         _check(con, path)
@@ -170,9 +194,8 @@ def connect(path: str | os.PathLike, *, read_only: bool = True, wait: float = RE
 
 def _open(path: Path, read_only: bool, wait: float) -> duckdb.DuckDBPyConnection:
     # A dict of its own for each call: DuckDB may keep it.
-    con = _patiently(
-        path, wait, lambda: duckdb.connect(str(path), read_only=read_only, config=dict(_CONFINED) if read_only else {})
-    )
+    config = limits() | (_CONFINED if read_only else {})
+    con = _patiently(path, wait, lambda: duckdb.connect(str(path), read_only=read_only, config=dict(config)))
     # DuckDB's progress bar goes to stdout. It stays on if another thread has locked the settings of this file.
     with suppress(duckdb.InvalidInputException):
         con.execute("SET enable_progress_bar = false")
@@ -182,14 +205,70 @@ def _open(path: Path, read_only: bool, wait: float) -> duckdb.DuckDBPyConnection
 @contextmanager
 def copying(path: str | os.PathLike, *, wait: float = READ_WAIT) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection that reads the trace at `path` and can write other files: for our own COPY, not a user's SQL."""
-    con = duckdb.connect(config={"python_enable_replacements": "false"})
+    con = in_memory()
     try:
-        con.execute("SET enable_progress_bar = false")
-        _patiently(Path(path), wait, lambda: con.execute(f"ATTACH {quoted(path)} AS trace (READ_ONLY)"))
+        attach(con, path, "trace", wait=wait)
         con.execute("USE trace")
         yield con
     finally:
         con.close()
+
+
+def attach(con: duckdb.DuckDBPyConnection, path: str | os.PathLike, name: str, *, wait: float = READ_WAIT) -> None:
+    """Make the tables of the trace at `path` known to `con` as `name.TABLE`."""
+    path = located(path)
+    if is_folder(path):
+        con.execute(f"ATTACH ':memory:' AS {name}")
+        folder.create_views(con, path, columns(), f"{name}.main")
+        con.execute(_SELECTIONS.replace("VIEW ", f"VIEW {name}.").replace("FROM routing", f"FROM {name}.routing"))
+    else:
+        _patiently(Path(path), wait, lambda: con.execute(f"ATTACH {quoted(path)} AS {name} (READ_ONLY)"))
+
+
+def in_memory() -> duckdb.DuckDBPyConnection:
+    """A connection to no file; what goes beyond its memory goes to the system's temporary folder."""
+    temporary: dict[str, Any] = {"temp_directory": os.path.join(tempfile.gettempdir(), f"workbench.{os.getpid()}")}
+    con = duckdb.connect(config={"python_enable_replacements": "false"} | temporary | limits())
+    con.execute("SET enable_progress_bar = false")
+    return con
+
+
+def _connect_folder(path: Path | Url) -> duckdb.DuckDBPyConnection:
+    con = in_memory()
+    try:
+        con.execute(_PHASE)
+        folder.create_views(con, path, columns())
+        con.execute(_SELECTIONS)
+        folder.confine(con, path)
+        _check_version(path, version_of(con), ())
+    except duckdb.Error as error:
+        con.close()
+        raise InputError(folder.why_not(path, columns(), error)) from error
+    except BaseException:
+        con.close()
+        raise
+    return con
+
+
+@cache
+def columns() -> dict[str, dict[str, str]]:
+    """Table -> column -> SQL type."""
+    with duckdb.connect() as con:
+        con.execute(SCHEMA)
+        query = "SELECT table_name, column_name, data_type FROM duckdb_columns() WHERE NOT internal"
+        found: dict[str, dict[str, str]] = {name: {} for name in ("format", *TABLES[:-1])}
+        for table, column, kind in con.execute(f"{query} ORDER BY table_oid, column_index").fetchall():
+            if table in found:
+                found[table][column] = kind
+    return found
+
+
+def limits() -> dict[str, Any]:
+    """Settings of DuckDB that the environment gives. InputError for a memory that isn't a size."""
+    memory = os.environ.get(MEMORY)
+    if memory and not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", memory, re.IGNORECASE):
+        raise InputError(f"{MEMORY} is {memory!r}; expected a size such as 4GB or 512MiB.")
+    return {"memory_limit": memory} if memory else {}
 
 
 def quoted(text: object) -> str:
@@ -246,12 +325,7 @@ def _check(con: duckdb.DuckDBPyConnection, path: Path) -> None:
             f"{path} is a DuckDB file but not a trace: it has no table `format` (its tables: "
             f"{', '.join(sorted(found)) or 'none'}). Expected a file written by `workbench trace`."
         )
-    if version > FORMAT:
-        raise InputError(
-            f"{path} has trace format {version}; this workbench reads format {FORMAT}. Update the workbench."
-        )
-    if version not in (*MIGRATIONS, FORMAT):
-        raise InputError(f"{path} has trace format {version}, which this workbench can't read or migrate. Trace again.")
+    _check_version(path, version, MIGRATIONS)
     if missing := set(tables(version)) - {"selections"} - found:
         raise InputError(f"{path} lacks the tables {', '.join(sorted(missing))}: it was changed after it was written.")
     # DuckDB opens a truncated file and fails only on the first query that needs the lost part. Only blocks in use
@@ -261,6 +335,15 @@ def _check(con: duckdb.DuckDBPyConnection, path: Path) -> None:
             f"{path} is cut short: {path.stat().st_size:,} bytes of at least {blocks * block_size:,}. "
             "Copy it again from where it came, or trace again."
         )
+
+
+def _check_version(path: Path | Url, version: int | None, older: Container[int | None]) -> None:
+    if version is not None and version > FORMAT:
+        raise InputError(
+            f"{path} has trace format {version}; this workbench reads format {FORMAT}. Update the workbench."
+        )
+    if version != FORMAT and version not in older:
+        raise InputError(f"{path} has trace format {version}, which this workbench can't read or migrate. Trace again.")
 
 
 def tables(version: int) -> tuple[str, ...]:
@@ -288,7 +371,7 @@ def migrate(con: duckdb.DuckDBPyConnection) -> None:
 
 def runs(con: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
     """Name and status of each run in the file, in the order they were started."""
-    rows = con.execute("SELECT run, status, finished FROM runs ORDER BY started, rowid").fetchall()
+    rows = con.execute("SELECT run, status, finished FROM runs ORDER BY started, run").fetchall()
     return [{"run": run, "status": status, "finished": finished} for run, status, finished in rows]
 
 

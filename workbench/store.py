@@ -12,7 +12,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ import filelock
 from workbench import schema
 from workbench.counts import Counts, CountsTransaction
 from workbench.errors import InputError, RunError
-from workbench.routing import NO_EXPERT
+from workbench.run_rows import check_same, layer_rows, now, run_row
 from workbench.schema import COUNTS, PHASES, RECORDABLE, UNKNOWN_TOKEN
-from workbench.transaction import Block, Transaction, as_json, clean, insert_rows
+from workbench.transaction import Block, Transaction, insert_rows
 
 __all__ = ["PHASES", "RECORDABLE", "UNKNOWN_TOKEN", "Block", "Counts", "Writer", "check_target"]
 
@@ -32,9 +31,6 @@ MODES = ("new", "overwrite", "append", "resume")
 QUEUE_BYTES = 16 << 20
 READERS_WAIT = 600.0
 """Seconds to wait for readers to let go of the file before the run fails."""
-
-_RUN_TEXT = ("run", "model", "revision", "family", "engine", "dtype")
-_RUN_JSON = ("recipe", "corpus", "versions")
 
 
 def check_target(path: str | os.PathLike, mode: str) -> None:
@@ -76,8 +72,8 @@ class Writer:
     ):
         self.path = Path(path)
         self.mode = mode
-        self.run = _run_row(run)
-        self.layers = _layer_rows(self.run["run"], layers)
+        self.run = run_row(run)
+        self.layers = layer_rows(self.run["run"], layers)
         self.finished_sequences: set[int] = set()
         """Ids of the sequences that the file already held when the writer was opened."""
         self._lock = filelock.FileLock(self.path.parent / f".{self.path.name}.lock", timeout=0)
@@ -180,28 +176,17 @@ class Writer:
                 "or finish the old one with --resume."
             )
         con.execute("BEGIN")
-        insert_rows(con, "runs", [self.run | {"started": _now(), "status": "running"}])
+        insert_rows(con, "runs", [self.run | {"started": now(), "status": "running"}])
         insert_rows(con, "layers", self.layers)
         con.execute("COMMIT")
 
     def _resume(self, con: duckdb.DuckDBPyConnection) -> None:
         name = schema.find_run(con, self.path, self.run["run"])
         had = con.sql("SELECT * FROM runs WHERE run = ?", params=[name]).to_arrow_table().to_pylist()[0]
-        for key in ("model", "revision", "family", "engine", "dtype", "recipe", "recorded", "corpus"):
-            if key == "recipe" and had[key] != self.run[key]:
-                without = "was begun without a recipe" if had[key] is None else "has another recipe"
-                raise InputError(
-                    f"run {name!r} in {self.path} can't be resumed: it {without}. Resume with what it was begun with, "
-                    "or use --append or --overwrite."
-                )
-            if had[key] != self.run[key]:
-                raise InputError(
-                    f"run {name!r} in {self.path} can't be resumed: its {key} is {had[key]!r}, now it is "
-                    f"{self.run[key]!r}. Resume with what it was begun with, or use --append or --overwrite."
-                )
-        layers = con.sql("SELECT * FROM layers WHERE run = ? ORDER BY layer", params=[name])
-        if layers.to_arrow_table().to_pylist() != self.layers:
-            raise InputError(f"run {name!r} in {self.path} can't be resumed: the model's MoE layers are not the same.")
+        layers = (
+            con.sql("SELECT * FROM layers WHERE run = ? ORDER BY layer", params=[name]).to_arrow_table().to_pylist()
+        )
+        check_same(self.path, had, layers, self.run, self.layers)
         done = con.execute("SELECT seq, n_tokens FROM sequences WHERE run = ?", [name]).fetchall()
         self.finished_sequences = {seq for seq, _ in done}
         self._committed = [len(done), sum(n for _, n in done)]
@@ -212,7 +197,7 @@ class Writer:
     def _close(self, status: str) -> None:
         try:
             with schema.writing(self.path, wait=READERS_WAIT) as con:
-                values = [status, _now() if status == "finished" else None, self.run["run"]]
+                values = [status, now() if status == "finished" else None, self.run["run"]]
                 con.execute("UPDATE runs SET status = ?, finished = ? WHERE run = ?", values)
         except (duckdb.Error, InputError) as error:
             self._error = self._error or self._broke(error)
@@ -291,57 +276,10 @@ class Writer:
         return broken
 
 
-def _run_row(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of `runs` that the caller gives, as the file holds them."""
-    if unknown := set(run) - {*_RUN_TEXT, *_RUN_JSON, "recorded"}:
-        raise InputError(f"a run has no {', '.join(sorted(unknown))}; expected {', '.join((*_RUN_TEXT, *_RUN_JSON))}.")
-    if not run.get("run"):
-        raise InputError("the run has no name: give --run NAME.")
-    row: dict[str, Any] = {name: clean(run.get(name)) for name in _RUN_TEXT}
-    row |= {name: None if run.get(name) is None else as_json(run[name]) for name in _RUN_JSON}
-    if list(run.get("recorded") or ()) == [COUNTS]:
-        return row | {"recorded": [COUNTS]}
-    asked = {"ids", *(run.get("recorded") or ())}
-    if unknown := asked - set(RECORDABLE):
-        raise InputError(f"can't record {', '.join(sorted(unknown))}; choose from {', '.join(RECORDABLE)}.")
-    return row | {"recorded": [name for name in RECORDABLE if name in asked]}
-
-
-def _layer_rows(run: str, layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
-    for index, layer in enumerate(layers):
-        n_experts, top_k = int(layer["n_experts"]), int(layer["top_k"])
-        if layer.get("layer", index) != index:
-            raise InputError(f"layer {layer['layer']} comes at place {index}: layers are numbered from 0, in order.")
-        if not 1 <= top_k <= n_experts < NO_EXPERT:
-            raise InputError(
-                f"layer {index}: top-{top_k} of {n_experts} experts; expected 1 <= top_k <= n_experts < {NO_EXPERT}."
-            )
-        rows.append(
-            {
-                "run": run,
-                "layer": index,
-                "name": clean(layer["name"]),
-                "n_experts": n_experts,
-                "top_k": top_k,
-                "n_shared": int(layer.get("n_shared") or 0),
-                "gating": clean(layer.get("gating")),
-                "stack": clean(layer.get("stack") or "decoder"),
-            }
-        )
-    if not rows:
-        raise InputError("a run needs at least one MoE layer.")
-    return rows
-
-
 def _reason(error: Exception) -> str:
     why = schema.first_line(error).rstrip(".")
     full = any(sign in str(error) for sign in ("No space left", "File too large", "Disk quota"))
     return f"the disk is full ({why})" if full else why
-
-
-def _now() -> datetime:
-    return datetime.now(UTC).replace(tzinfo=None)
 
 
 def _wal(path: Path) -> Path:

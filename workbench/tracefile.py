@@ -1,4 +1,4 @@
-"""Read a trace: `Trace` answers questions about one run of a trace file as arrays, tables or SQL.
+"""Read a trace: `Trace` answers questions about one run of a trace as arrays, tables or SQL.
 
 >>> trace = Trace("udhr.duckdb")                            # doctest: +SKIP
 >>> trace.experts(layer=3)                                  # uint16 (n_tokens, top_k)     doctest: +SKIP
@@ -10,7 +10,6 @@ import json
 import os
 from contextlib import suppress
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -21,6 +20,8 @@ import pyarrow as pa
 
 from workbench import schema
 from workbench.errors import InputError
+from workbench.location import filesystem, is_folder, located
+from workbench.query import check
 from workbench.routing import NO_EXPERT
 from workbench.transaction import to_float
 
@@ -34,7 +35,7 @@ FROM_COUNTS = (
 class Trace:
     """One run of a trace file, as it stood when the Trace was made: a run that goes on growing does not change it.
 
-    path  the file
+    path  the file; or a folder of Parquet parts (docs/parts.md), which may be a URL such as s3://bucket/folder
     run   name of the run; None for the only one, or the last that finished
 
     The file is opened for a question at a time, read-only, and never read whole: an array of one layer is the most that
@@ -43,7 +44,7 @@ class Trace:
     """
 
     def __init__(self, path: str | os.PathLike, run: str | None = None):
-        self.path = Path(path)
+        self.path = located(path)
         with schema.reading(self.path) as con:
             self.run = schema.find_run(con, self.path, run)
             self.layers: pd.DataFrame = con.execute(
@@ -101,14 +102,17 @@ class Trace:
 
     @property
     def n_layers(self) -> int:
+        """MoE layers (routers) of the run."""
         return len(self.layers)
 
     @property
     def n_tokens(self) -> int:
+        """Tokens of all sequences."""
         return int(self._lengths.sum())
 
     @property
     def n_sequences(self) -> int:
+        """Texts, or pieces of long ones."""
         return len(self._seqs)
 
     # --- tables
@@ -116,7 +120,7 @@ class Trace:
     def runs(self) -> pd.DataFrame:
         """Every run in the file: the table `runs`, with its JSON columns as Python values."""
         with schema.reading(self.path) as con:
-            frame = con.execute("SELECT * FROM runs ORDER BY started, rowid").df()
+            frame = con.execute("SELECT * FROM runs ORDER BY started, run").df()
         for name in ("recipe", "corpus", "versions"):
             frame[name] = [json.loads(text) if isinstance(text, str) else None for text in frame[name]]
         return frame
@@ -141,7 +145,7 @@ class Trace:
         return frame.loc[np.isin(frame["seq"], self._seqs)].reset_index(drop=True)
 
     def vocabulary(self) -> pd.DataFrame:
-        """token_id, text: the ids that occur in the run, by id."""
+        """One row a token id that occurs in the run, by id: token_id, text."""
         with schema.reading(self.path) as con:
             return con.execute("SELECT token_id, text FROM vocabulary WHERE run = ? ORDER BY token_id", [self.run]).df()
 
@@ -153,8 +157,13 @@ class Trace:
     def sql(self, query: str) -> pd.DataFrame:
         """The answer to a query over the tables of the whole file (all runs), as it stands now.
 
+        query  SQL; the answer's columns are its own
+
         The connection can read this file and nothing else: no other file, no network, no settings, no writing.
+        InputError with DuckDB's reason if the query fails.
         """
+        if is_folder(self.path):  # whose connection, unlike a file's, isn't read-only by itself
+            query = check(query)
         with schema.reading(self.path) as con:
             with suppress(duckdb.InvalidInputException):  # another thread has locked them
                 con.execute("SET lock_configuration = true")
@@ -257,7 +266,7 @@ class Trace:
     def only_counts(self, what: str) -> InputError:
         """The error where `what` isn't to be had because the run counts."""
         return InputError(
-            f"run {self.run!r} has no {what}: it was traced with --record counts. It answers "
+            f"run {self.run!r} has no {what}: it was traced with --counts-by. It answers "
             f"{', '.join(FROM_COUNTS)}; for all else trace again with --record ids,weights."
         )
 
@@ -343,14 +352,15 @@ def matrix(lists: pa.ChunkedArray, width: int, dtype: Any, fill: Any) -> np.ndar
 
 
 def info(path: str | os.PathLike) -> dict[str, Any]:
-    """What a trace file holds, as nested facts that JSON can hold (times as datetime)."""
+    """What a trace holds, as nested facts that JSON can hold (times as datetime)."""
     with schema.reading(path) as con:
         (version,) = con.execute("SELECT version FROM format").fetchall()[0]
         found = con.sql(_INFO).to_arrow_table().to_pylist()
     for run in found:
         for name in ("recipe", "corpus", "versions"):
             run[name] = None if run[name] is None else json.loads(run[name])
-    return {"file": str(path), "bytes": Path(path).stat().st_size, "format": version, "runs": found}
+    fs, name = filesystem(located(path))
+    return {"file": str(path), "bytes": fs.du(name), "format": version, "runs": found}
 
 
 _INFO = """

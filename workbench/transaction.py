@@ -116,12 +116,20 @@ class Transaction:
         self.vocabulary |= {int(i): clean(text) or "" for i, text in texts.items() if i not in known}
 
     def insert(self, con: duckdb.DuckDBPyConnection) -> None:
-        """Write everything inside the transaction that `con` has begun; routing layer by layer, as it will be read."""
-        insert_rows(con, "sequences", self.sequences)
-        texts = [{"run": self.run, "token_id": token_id, "text": text} for token_id, text in self.vocabulary.items()]
-        insert_rows(con, "vocabulary", texts)
+        """Write everything inside the transaction that `con` has begun."""
+        for table, rows in self.tables().items():
+            insert_columns(con, table, self.run, rows)
+
+    def tables(self) -> dict[str, pa.Table]:
+        """Everything, by table, without the column `run`; routing layer by layer, as it will be read."""
+        found = {}
+        if self.sequences:
+            found["sequences"] = pa.Table.from_pylist(self.sequences).drop_columns("run")
+        if self.vocabulary:
+            texts = {"token_id": pa.array(list(self.vocabulary), pa.int32()), "text": list(self.vocabulary.values())}
+            found["vocabulary"] = pa.table(texts)
         if not self.tokens:
-            return
+            return found
         tokens = {name: np.concatenate([block[name] for block in self.tokens]) for name in self.tokens[0]}
         seq, pos = (pa.array(tokens[name].astype(np.int32, copy=False)) for name in ("seq", "pos"))
         nll = tokens["nll"].astype(np.float32, copy=False)
@@ -134,15 +142,16 @@ class Transaction:
         }
         if "predictions" in self.recorded:
             columns["predicted"] = pa.array(tokens["predicted"].astype(np.int32, copy=False))
-        insert_columns(con, "tokens", self.run, pa.table(columns))
+        found["tokens"] = pa.table(columns)
         if self.n_tokens:
             layers = [_rows(layer, seq, pos, blocks) for layer, blocks in enumerate(self.routing)]
             # The last layer of a stack has no column `lookahead`: nulls stand for it.
-            insert_columns(con, "routing", self.run, pa.concat_tables(layers, promote_options="default"))
+            found["routing"] = pa.concat_tables(layers, promote_options="default")
         if self.profiles:
             rows = [{"seq": seq, "layer": layer, "probs": probs} for seq, layer, probs in self.profiles]
             kinds = pa.schema([("seq", pa.int32()), ("layer", pa.uint16()), ("probs", pa.list_(pa.float32()))])
-            insert_columns(con, "profiles", self.run, pa.Table.from_pylist(rows, schema=kinds))
+            found["profiles"] = pa.Table.from_pylist(rows, schema=kinds)
+        return found
 
 
 _OPTIONAL = frozenset(("weights", "entropy", "margin", "logits", "norms", "shift", "lookahead"))

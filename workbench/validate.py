@@ -5,13 +5,15 @@
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import duckdb
 import pandas as pd
 
-from workbench import counts_checks, schema
+from workbench import counts_checks, folder, schema
+from workbench.errors import InputError
+from workbench.location import is_folder, located
 
 COLUMNS = ("severity", "check", "run", "layer", "seq", "pos", "rows", "message")
 
@@ -36,11 +38,18 @@ def validate(
 
     One row for each invariant that is broken: severity ("error": analyses of this run can be wrong; "warning": it may
     be as meant), check (its name), run, layer, seq, pos (of the first row that breaks it, by layer, sequence and
-    position; null where it has none), rows (how many break it) and message. `progress` is called after each check with
-    the number done, of len(CHECKS) a run. InputError if the file is not a readable trace.
+    position; null where it has none), rows (how many break it) and message. Of a folder the check `parts` reads every
+    file with its checksums, and compares those of a part; where one is damaged, nothing else is checked.
+    `progress` is called after each check with the number done, of len(CHECKS) a run. InputError if the file is not a
+    readable trace.
     """
-    found: list[tuple] = []
+    where = located(path)
+    if is_folder(where):
+        harm = (f"{name} is damaged or cut short ({why})" for name, why in folder.damaged(where, schema.columns()))
+        if found := _of_parts(harm):  # every question that needs the file would fail for this one reason
+            return _as_frame(found)
     with schema.reading(path) as con:
+        found = _of_parts(folder.disagreeing(where, con)) if is_folder(where) else []
         version = schema.version_of(con)
         names = [row["run"] for row in schema.runs(con)] if run is None else [schema.find_run(con, path, run)]
         for number, (name, check) in enumerate(itertools.product(dict.fromkeys(names), CHECKS), start=1):
@@ -49,8 +58,17 @@ def validate(
                 progress(number)
         if run is None:
             found += _broken(con, _orphans(version), None)
+    return _as_frame(found)
+
+
+def _as_frame(found: list[tuple]) -> pd.DataFrame:
     frame = pd.DataFrame(found, columns=list(COLUMNS))
     return frame.astype({"layer": "Int64", "seq": "Int64", "pos": "Int64", "rows": "int64"})
+
+
+def _of_parts(messages: Iterable[str]) -> list[tuple]:
+    told = list(messages)
+    return [("error", "parts", None, None, None, None, len(told), told[0])] if told else []
 
 
 def _broken(con: duckdb.DuckDBPyConnection, check: Check, run: str | None) -> list[tuple]:
@@ -65,6 +83,8 @@ def _broken(con: duckdb.DuckDBPyConnection, check: Check, run: str | None) -> li
         SELECT count(*), arg_min(row, place) FROM told"""
     try:
         rows, first = con.execute(query, {} if run is None else {"run": run}).fetchall()[0]
+    except duckdb.OutOfMemoryException as error:  # which says nothing of the trace
+        raise InputError(f"the check {check.name} needs more memory: raise {schema.MEMORY}. {error}") from error
     except duckdb.Error as error:  # such as a block that can't be read
         return [("error", check.name, run, None, None, None, 0, f"the check failed: {schema.first_line(error)}")]
     if not rows:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from workbench import background, tracefile
+from workbench.location import Url, located
 from workbench.tracefile import Trace
 from workbench_app import link, messages
 
@@ -26,10 +27,10 @@ Version = tuple[str, str, int, str]
 """See `version`."""
 
 
-def file() -> Path | None:
+def file() -> Path | Url | None:
     """The trace; None if the server was started without one."""
     given = os.environ.get("WORKBENCH_TRACE")
-    return Path(given) if given else None
+    return located(given) if given else None
 
 
 def need_trace() -> None:

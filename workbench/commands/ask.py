@@ -3,15 +3,22 @@
 import inspect
 import json
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from workbench.commands.options import File, Json, Overwrite, Run, check_output, pair
+from workbench.commands.options import File, Json, Layout, Overwrite, Run, check_layout, check_output, pair
 from workbench.errors import InputError
 from workbench.printing import listing, print_table, show
 from workbench.recipe import described, from_json
+
+
+class ExportFormat(Enum):
+    table = "table"
+    hf = "hf"
+    ktransformers = "ktransformers"
 
 
 def info(file: File, as_json: Json = False) -> None:
@@ -63,6 +70,7 @@ def analyze(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the table: .csv, .parquet or .tex.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Write the figure: .html, .svg, .png or .pdf.")] = None,
+    layout: Layout = "screen",
     run: Run = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -84,6 +92,7 @@ def analyze(
         return
     check_output(out, (".csv", ".parquet", ".tex"), overwrite)  # before the analysis takes its time
     check_output(figure, FORMATS, overwrite)
+    check_layout(layout, figure)
     arguments = dict(pair(text, "--set", "reference=de") for text in option or [])
     if by is not None:
         arguments["by"] = by
@@ -99,7 +108,7 @@ def analyze(
     if out is not None:
         save_table(table, out, overwrite=overwrite)
     if figure is not None:
-        save(draw(table), figure, overwrite=overwrite)
+        save(draw(table), figure, layout=layout, overwrite=overwrite)
     if as_json or (out is None and figure is None):
         show(table, as_json)
 
@@ -120,17 +129,43 @@ def report(
 
 def export(
     file: File,
+    out: Annotated[Path, typer.Option(help="What to write: .csv or .parquet; a folder for hf; .pt for ktransformers.")],
     table: Annotated[
-        str, typer.Option(help="A table of the file, or the view `selections`: one row a selected expert.")
-    ],
-    out: Annotated[Path, typer.Option(help="The .csv or .parquet file to write.")],
-    run: Annotated[str | None, typer.Option(help="Rows of this run only. [default: of all runs]")] = None,
+        str | None, typer.Option(help="A table of the file, or the view `selections`: one row a selected expert.")
+    ] = None,
+    form: Annotated[
+        ExportFormat,
+        typer.Option(
+            "--format",
+            help="table: one table of the file; hf: a folder that the library datasets loads, a row a text; "
+            "ktransformers: how often each expert was chosen, for --init-expert-location.",
+        ),
+    ] = ExportFormat.table,
+    run: Annotated[
+        str | None, typer.Option(help="This run only. [default: for a table all runs, else the last that finished]")
+    ] = None,
     unnest: Annotated[bool, typer.Option("--unnest", help="`routing` as one row a selected expert.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write one table of a trace as CSV or Parquet."""
+    """Write one table of a trace as CSV or Parquet, or what another tool reads."""
+    if (form is ExportFormat.table) != (table is not None):
+        raise InputError("give --table, or another --format than table: one of them.")
+    if unnest and table is None:
+        raise InputError("--unnest is about --table routing.")
+    if form is ExportFormat.hf:
+        from workbench.dataset_folder import export_dataset
+
+        print(f"{out}: {export_dataset(file, out, run=run, overwrite=overwrite):,} texts; `load_dataset` reads it")
+        return
+    if form is ExportFormat.ktransformers:
+        from workbench.activation_counts import export_counts
+
+        shape = export_counts(file, out, run=run, overwrite=overwrite)
+        print(f"{out}: counts of {shape[1]} layers of {shape[2]} experts")
+        return
     from workbench.export import export as write
 
+    assert table is not None
     rows = write(file, table, out, run=run, unnest=unnest, overwrite=overwrite)
     print(f"{out}: {rows:,} rows")
 

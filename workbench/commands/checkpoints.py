@@ -1,4 +1,4 @@
-"""Checkpoints, described and changed: `models`, `place`, `prune`, `merge`."""
+"""Checkpoints, described and changed: `models`, `place`, `prune`, `merge-experts`."""
 
 import json
 from enum import Enum
@@ -115,7 +115,7 @@ def prune(
     _compare(model, out, keep, corpus, max_tokens, max_length)
 
 
-def merge(
+def merge_experts(
     model: Checkpoint,
     importance: Scores,
     keep: Keep,
@@ -129,7 +129,7 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint in which less important experts are merged into the most important ones of their layer."""
-    from workbench.merge import merge as write
+    from workbench.merge_experts import merge_experts as write
 
     write(model, importance, keep, out, score=score, by=by.value, router=router.value, overwrite=overwrite)
     _compare(model, out, keep, corpus, max_tokens, max_length)

@@ -18,6 +18,7 @@ class Benchmark(Enum):
     learned = "learned"
     app = "app"
     kernels = "kernels"
+    scale = "scale"
 
 
 def bench(

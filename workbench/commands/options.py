@@ -8,10 +8,25 @@ import typer
 
 from workbench.bundled import MODELS
 from workbench.errors import InputError
+from workbench.location import located
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A trace: the DuckDB file that `workbench trace` wrote.")]
+File = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE",
+        parser=located,
+        help="A trace: the DuckDB file that `workbench trace` wrote, or a folder of Parquet parts (a path or a URL).",
+    ),
+]
 Run = Annotated[str | None, typer.Option(help="Which run of the file; by default the last one that finished.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Layout = Annotated[
+    str,
+    typer.Option(
+        metavar="screen|column|text|page",
+        help="Of the figure. For papers: column (3.25 inches wide, 8 points), text (5.5, 9) or page (6.75, 9).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id, a folder, `demo` or `demo-early`.")]
 Demo = Annotated[str, typer.Argument(metavar="[MODEL]", help="A Hub id, a folder, `demo` or `demo-early`.")]
@@ -31,6 +46,16 @@ def check_output(path: Path | None, suffixes: Sequence[str], overwrite: bool) ->
         raise InputError(f"{path} exists; choose another name, or replace it with --overwrite.")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is not a folder; create it first.")
+
+
+def check_layout(layout: str, figure: Path | None) -> None:
+    """InputError, before the work begins, for a layout that there isn't, or one without a figure."""
+    from workbench.layouts import LAYOUTS
+
+    if layout not in LAYOUTS:
+        raise InputError(f"--layout {layout!r}: expected one of {', '.join(LAYOUTS)}.")
+    if layout != "screen" and figure is None:
+        raise InputError(f"--layout {layout} is of a figure: give --figure x.pdf, too.")
 
 
 def model_and_prompt(words: list[str]) -> tuple[str, str]:

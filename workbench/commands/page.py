@@ -12,6 +12,7 @@ import typer
 
 from workbench.commands.options import Device, Dtype
 from workbench.errors import InputError
+from workbench.location import located
 
 SETTINGS = {
     "server.address": "localhost",
@@ -26,7 +27,8 @@ SETTINGS = {
 
 def app(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="A trace: the DuckDB file that `workbench trace` wrote.")
+        Path | None,
+        typer.Argument(metavar="[FILE]", parser=located, help="A trace: a DuckDB file, or a folder of Parquet parts."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="The model to steer: a Hub id, a folder, or `demo`. [default: the traced one]")

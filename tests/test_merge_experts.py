@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from workbench.errors import InputError
 from workbench.experts import neurons, numbers, read, reorder_neurons
-from workbench.merge import clusters, merge, merged_copy
+from workbench.merge_experts import clusters, merge_experts, merged_copy
 from workbench.models import load
 
 SMALL = {"num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 4, "hidden_size": 16, "head_dim": 4}
@@ -44,7 +44,7 @@ def test_merging_against_loops(by: str, tmp_path: Path):
     """4 neurons, 5 experts, 2 stay: every step written out with loops over all 24 orders of neurons."""
     model = tiny.model("olmoe", **SMALL)
     scores = np.random.default_rng(0).random((3, 5)).round(2)
-    found = merge(model, table(scores), 2, tmp_path / "out", by=by)
+    found = merge_experts(model, table(scores), 2, tmp_path / "out", by=by)
     merged = load(tmp_path / "out")
     for layer in range(3):
         old, new = read(model.layers[layer]), read(merged.layers[layer])
@@ -93,7 +93,7 @@ def test_copies_merge_back_into_one(family: str, tmp_path: Path):
                     part[copied] = part[source]
             reorder_neurons(weights, copied, random.permutation(weights.n_neurons))
     scores[:, [2, 3, 6, 7]] = 0.05
-    found = merge(model, table(scores), 4, tmp_path / "out")
+    found = merge_experts(model, table(scores), 4, tmp_path / "out")
     joined = found[~found["kept"] & found["expert"].isin(list(copies))]
     assert len(joined) and (joined["cosine"] > 0.9999).all()
     merged = load(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
@@ -109,7 +109,7 @@ def test_copies_merge_back_into_one(family: str, tmp_path: Path):
 
 def test_all_experts_are_the_model_bit_for_bit(tmp_path: Path):
     model = tiny.model("olmoe")
-    found = merge(model, table(np.random.default_rng(0).random((3, 8))), 8, tmp_path / "out", router="mean")
+    found = merge_experts(model, table(np.random.default_rng(0).random((3, 8))), 8, tmp_path / "out", router="mean")
     assert (found["weight"] == 1).all() and (found["became"] == found["expert"]).all()
     original = model.module.state_dict()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
@@ -118,7 +118,7 @@ def test_all_experts_are_the_model_bit_for_bit(tmp_path: Path):
 
 def test_one_expert_is_left(tmp_path: Path):
     model = tiny.model("olmoe")
-    found = merge(model, table(np.ones((3, 8))), 1, tmp_path / "out")
+    found = merge_experts(model, table(np.ones((3, 8))), 1, tmp_path / "out")
     assert np.allclose(found["weight"], 1 / 8) and (found["became"] == 0).all()
     assert {(layer.n_experts, layer.top_k) for layer in load(tmp_path / "out").layers} == {(1, 1)}
 
@@ -177,7 +177,7 @@ def test_clusters_find_planted_ones():
 
 def test_note(tmp_path: Path):
     model = tiny.model("olmoe")
-    found = merge(model, table(np.random.default_rng(0).random((3, 8))), 4, tmp_path / "out", by="router")
+    found = merge_experts(model, table(np.random.default_rng(0).random((3, 8))), 4, tmp_path / "out", by="router")
     note = json.loads((tmp_path / "out" / "experts.json").read_text())
     assert note["made_by"] == "workbench merge" and (note["by"], note["router"]) == ("router", "dominant")
     assert note["became"] == found["became"].to_numpy().reshape(3, 8).tolist()
@@ -190,12 +190,12 @@ def test_note(tmp_path: Path):
 )
 def test_unknown_options(options: Any, message: str, tmp_path: Path):
     with pytest.raises(InputError, match=message):
-        merge(tiny.model("olmoe"), table(np.ones((3, 8))), 4, tmp_path / "out", **options)
+        merge_experts(tiny.model("olmoe"), table(np.ones((3, 8))), 4, tmp_path / "out", **options)
 
 
 def test_negative_scores_are_no_weights(tmp_path: Path):
     scores = np.ones((3, 8))
     scores[1, 2] = -0.5
     with pytest.raises(InputError, match="lowest frequency is -0.5; .* expected none below 0"):
-        merge(tiny.model("olmoe"), table(scores), 4, tmp_path / "out")
+        merge_experts(tiny.model("olmoe"), table(scores), 4, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,6 @@
 """Checkpoints with fewer experts: each expert merged into the one that is most like it among those that stay.
 
-    merge("demo", analysis.importance(trace), 16, "demo-16-merged", score="frequency")
+    merge_experts("demo", analysis.importance(trace), 16, "demo-16-merged", score="frequency")
 
 After MC-SMoE (Li et al. 2024, Merge, Then Compress, arXiv:2310.01334, §3) and Sub-MoE (Li et al. 2025,
 arXiv:2506.23266: clusters of similar experts, merged by frequency). In every layer:
@@ -39,7 +39,7 @@ from workbench.prune import best, choices, note, read_scores, ready
 from workbench.subset import expert_axes, mix, subset
 
 
-def merge(
+def merge_experts(
     model: Model | str | Path,
     importance: pd.DataFrame | str | os.PathLike,
     keep: int,

@@ -1,0 +1,178 @@
+"""Some sequences of a trace as traces of their own: `split` and `sample`.
+
+    split("all.duckdb", "by-language", by="lang")        # by-language/de.duckdb, …
+    sample("all.duckdb", "few.duckdb", sequences=1000, by="lang")
+
+Sequences stay whole and keep their numbers, so that `workbench.combine.merge` of what `split` wrote has the rows of the
+trace. The same question writes the same rows again.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+
+from workbench import schema
+from workbench.analysis.counting import as_label, column
+from workbench.combine import ROWS, attached, columns, file_out, write_runs
+from workbench.errors import InputError, not_negative
+from workbench.location import located
+from workbench.output import new_folder
+from workbench.tracefile import Trace
+from workbench.transaction import as_json
+
+MOST_FILES = 1000
+"""That a trace is split into."""
+INDEX = "split.json"
+"""What `split` writes beside the files: which is which."""
+
+
+def split(
+    path: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    by: str | None = None,
+    n_parts: int | None = None,
+    run: str | None = None,
+    overwrite: bool = False,
+) -> pd.DataFrame:
+    """Write a trace as several DuckDB files in a new folder: one for each value of a column, or so many.
+
+    by       a column of the sequences, or a key of their metadata; sequences without it get a file of their own
+    n_parts  consecutive sequences of each run, as equal in number as can be
+    run      of this run only; None for all
+
+    Returns a row a file: value (of the column; or the number of the part, from 1), file, sequences, tokens; so does
+    `split.json` in the folder. Each file has the whole vocabulary of its runs. InputError if the folder exists, and for
+    a run that counts, whose pairs of experts can't be taken apart.
+    """
+    if (by is None) == (n_parts is None):
+        raise InputError("split by a column or into a number of parts: give one of the two.")
+    with schema.reading(path) as con:
+        names = [row["run"] for row in schema.runs(con)] if run is None else [schema.find_run(con, located(path), run)]
+    frames = []
+    for name in names:
+        trace = Trace(path, name)
+        sequences = _sequences(trace)
+        value = _numbered(len(sequences), n_parts or 0, name) if by is None else column(sequences, by).map(as_label)
+        frames.append(sequences[["seq", "n_tokens"]].assign(run=name, value=value))
+    if not frames:
+        raise InputError(f"{path} holds no run, so there is nothing to split.")
+    chosen = pd.concat(frames, ignore_index=True)
+    groups = list(chosen.groupby("value", dropna=False))
+    if len(groups) > MOST_FILES:
+        raise InputError(f"{by or 'n_parts'} makes {len(groups):,} files; expected at most {MOST_FILES:,}.")
+    rows: list[dict[str, Any]] = []
+    with new_folder(located(out), overwrite, marker=INDEX) as folder:
+        for value, group in groups:
+            name = _file_name(value, {row["file"] for row in rows})
+            with file_out(folder / name, False) as con:
+                _extract(con, path, group)
+            known = None if pd.isna(value) else value
+            rows.append({"value": known, "file": name, "sequences": len(group), "tokens": int(group["n_tokens"].sum())})
+        said = json.dumps({"by": by, "files": rows}, ensure_ascii=False, indent=1)
+        (folder / INDEX).write_text(f"{said}\n", encoding="utf-8")
+    return pd.DataFrame(rows)
+
+
+def sample(
+    path: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    sequences: int | None = None,
+    tokens: int | None = None,
+    by: str | None = None,
+    seed: int = 0,
+    run: str | None = None,
+    overwrite: bool = False,
+) -> Trace:
+    """Write some sequences of one run, drawn at random without replacement, as a new DuckDB file.
+
+    sequences  exactly so many
+    tokens     up to the sequence that reaches so many tokens
+    by         a column: each of its values has its share of the sequences drawn, as near as whole sequences can come
+               (Sainte-Laguë's method); sequences without it are a value of their own
+    seed       the same seed draws the same, and more with a larger number
+    run        None for the only one, or the last that finished
+
+    `corpus` of the run says how it was drawn. InputError if there aren't so many, and for a run that counts.
+    """
+    if (sequences is None) == (tokens is None):
+        raise InputError("sample a number of sequences or of tokens: give one of the two.")
+    not_negative(seed=seed)
+    trace = Trace(path, run)
+    frame = _sequences(trace)
+    what = "sequences" if tokens is None else "tokens"
+    wanted, total = (sequences or 0, trace.n_sequences) if tokens is None else (tokens, trace.n_tokens)
+    if not 1 <= wanted <= total:
+        raise InputError(f"{what} is {wanted}; expected 1 to {total:,}, which run {trace.run!r} has.")
+    group = np.zeros(len(frame), int) if by is None else pd.factorize(column(frame, by).map(as_label))[0]
+    drawn = frame.iloc[drawing_order(group, seed)]
+    size = np.arange(1, len(drawn) + 1) if tokens is None else drawn["n_tokens"].cumsum().to_numpy()
+    chosen = drawn.iloc[: int(np.searchsorted(size, wanted)) + 1].assign(run=trace.run)
+    note = {"sample": {what: wanted, "of": total, "by": by, "seed": seed}}
+    with file_out(out, overwrite) as con:
+        _extract(con, path, chosen, note)
+    return Trace(out)
+
+
+def drawing_order(group: np.ndarray, seed: int) -> np.ndarray:
+    """An order of n things, int (n,), whose beginnings, however long, have each group in proportion.
+
+    group  int (n,)
+
+    Within a group the order is random. The i-th of a group of m, counted from 0, comes at (i + 1/2) / m; so the groups
+    get places as Sainte-Laguë's method gives seats to parties. Ties are broken at random.
+    """
+    order = np.random.default_rng(seed).permutation(len(group))
+    shuffled = pd.Series(group[order])
+    same = shuffled.groupby(shuffled)
+    place = (same.cumcount() + 0.5) / same.transform("size")
+    return order[np.argsort(place.to_numpy(), kind="stable")]
+
+
+def _sequences(trace: Trace) -> pd.DataFrame:
+    if trace.counted:
+        raise InputError(
+            f"run {trace.run!r} counts, and its counts of pairs can't be taken apart by text. Name another run with "
+            "--run, or trace again with --record ids,weights."
+        )
+    return trace.sequences()
+
+
+def _numbered(n_sequences: int, n_parts: int, run: str) -> np.ndarray:
+    """The part of each sequence, from 1."""
+    if not 1 <= n_parts <= n_sequences:
+        raise InputError(f"n_parts is {n_parts}; expected 1 to {n_sequences:,}, the sequences of run {run!r}.")
+    return np.repeat(np.arange(1, n_parts + 1), [len(part) for part in np.array_split(np.arange(n_sequences), n_parts)])
+
+
+def _file_name(value: Any, taken: set[str]) -> str:
+    """A name for the file of a value, which may be any text."""
+    plain = "none" if pd.isna(value) else re.sub(r"[^\w.-]+", "_", str(value))[:80].strip("._") or "value"
+    known = {name.casefold() for name in taken}
+    names = (f"{plain}{'' if n == 1 else f'-{n}'}.duckdb" for n in range(1, len(taken) + 2))
+    return next(name for name in names if name.casefold() not in known)
+
+
+def _extract(
+    con: duckdb.DuckDBPyConnection, path: str | os.PathLike, chosen: pd.DataFrame, note: Mapping[str, Any] | None = None
+) -> None:
+    """Write these sequences (columns run, seq) of the trace at `path`; `note` goes into what `corpus` says."""
+    wanted = set(chosen["run"])
+    runs = {name: run for name, run in attached(con, [path]).items() if name in wanted}
+    for run in runs.values() if note else ():
+        run.row["corpus"] = as_json(json.loads(run.row["corpus"] or "{}") | note)
+    write_runs(con, runs)
+    con.register("chosen", chosen[["run", "seq"]])
+    for table in (*ROWS, "vocabulary"):
+        names = ", ".join(columns(con, "t0", table))
+        key = "run, seq" if table != "vocabulary" else "run"
+        if names and table != "pairs":
+            con.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM t0.{table} SEMI JOIN chosen USING ({key})")
+    con.unregister("chosen")

@@ -1,0 +1,58 @@
+"""Where a trace is: a path on this machine, or the URL of a folder on another filesystem (`s3://bucket/trace`).
+
+Filesystems are fsspec's: `s3://` takes the package s3fs, `gs://` gcsfs, `abfs://` adlfs, `hf://` comes with
+huggingface_hub, `memory://` is this process's memory. Their credentials come from where those packages look for them.
+"""
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from workbench.errors import InputError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+class Url(PurePosixPath):
+    """A URL with what a Path has: `name`, `parent`, `/`. Its text keeps both slashes after the scheme."""
+
+    def __str__(self) -> str:
+        scheme, _, rest = super().__str__().partition(":/")
+        return f"{scheme}://{rest}"
+
+    def resolve(self) -> "Url":
+        """Itself: a URL doesn't depend on where one is."""
+        return self
+
+
+def located(path: str | os.PathLike) -> Path | Url:
+    """A Url for what begins with a scheme, else a Path; `file://` is this machine."""
+    text = os.fspath(path)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return Url(text) if _SCHEME.match(text) else Path(text)
+
+
+def is_folder(path: Path | Url) -> bool:
+    """Whether it is a folder on this machine, or a URL."""
+    return isinstance(path, Url) or path.is_dir()
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether there may be a trace: a file or folder on this machine, or a URL, which is not asked."""
+    there = located(path)
+    return isinstance(there, Url) or there.exists()
+
+
+def filesystem(path: Path | Url) -> "tuple[AbstractFileSystem, str]":
+    """The filesystem that `path` is on, and its name there. InputError if there is no such filesystem."""
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(str(path) if isinstance(path, Url) else str(path.absolute()))
+    except (ImportError, ValueError, OSError) as error:
+        raise InputError(f"{path}: {error}. Expected a folder, or a URL of a filesystem that fsspec knows.") from error
