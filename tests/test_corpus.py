@@ -147,6 +147,8 @@ def test_rows_in_memory():
     rows = list(from_rows(["one", {"text": "zwei", "lang": "de", "n": 2}]))
     assert [(row.text, row.lang, row.metadata) for row in rows] == [("one", None, {}), ("zwei", "de", {"n": 2})]
     assert from_rows(["one"]).n_rows == 1
+    again = list(from_rows(rows))
+    assert again[1].lang == "de" and again[1].metadata == {"n": 2} and again[1].source == rows[1].source
 
 
 def test_a_corpus_can_be_read_again(tmp_path):

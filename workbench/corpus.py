@@ -141,12 +141,23 @@ def read(
     return _read(source, columns or {}, split, bad_rows)
 
 
-def from_rows(rows: Sequence[str | dict[str, Any]], name: str = "rows", *, bad_rows: BadRows = "refuse") -> Corpus:
-    """A corpus from texts or dictionaries in memory: from_rows(["Hello", {"text": "Hallo", "lang": "de"}])."""
+def from_rows(
+    rows: Sequence[str | dict[str, Any] | Row], name: str = "rows", *, bad_rows: BadRows = "refuse"
+) -> Corpus:
+    """A corpus from texts or dictionaries in memory: from_rows(["Hello", {"text": "Hallo", "lang": "de"}]).
+
+    Or from rows, such as a part of another corpus: from_rows([row for row in read("udhr") if row.lang == "de"]).
+    """
+
+    def record(row: str | dict[str, Any] | Row) -> Any:
+        if isinstance(row, Row):
+            known = {field: getattr(row, field) for field in FIELDS if getattr(row, field) is not None}
+            return row.metadata | known
+        return {"text": row} if isinstance(row, str) else row
 
     def records() -> Iterator[files.Record]:
         for number, row in enumerate(rows, 1):
-            yield f"{name}:{number}", {"text": row} if isinstance(row, str) else row
+            yield f"{name}:{number}", record(row)
 
     return Corpus(name, len(rows), lambda: _rows(records(), {}, name), bad_rows)
 

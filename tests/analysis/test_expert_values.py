@@ -154,6 +154,12 @@ def test_one_text_has_no_interval(tmp_path):
     assert frame[[f"{name}_{end}" for name in MEASURES for end in ("low", "high")]].isna().all(axis=None)
 
 
+def test_without_resamples_the_values_have_no_interval(routed):
+    frame, full = (analysis.expert_values(routed.trace, by="lang", n_resamples=n) for n in (0, 5))
+    for name in MEASURES:
+        assert frame[name].equals(full[name]) and frame[[f"{name}_low", f"{name}_high"]].isna().all(axis=None)
+
+
 def test_errors(routed):
     with pytest.raises(InputError, match="no 'height'"):
         analysis.expert_values(routed.trace, by="height")

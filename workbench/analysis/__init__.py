@@ -71,11 +71,11 @@ NAMES = (
 
 __all__ = [
     "affinity", "agreement", "alignment", "arguments", "balance", "bandwidth", "cache", "cache_speed", "coactivation",
-    "consistency", "contrast", "expert_changes", "expert_map", "expert_values", "file", "find", "gate_regression",
-    "group_similarity", "importance", "language_distance", "layer_links", "load", "loss_correlation",
-    "mutual_information", "norm_rank", "partners", "permutation", "placement", "prefetch", "question",
-    "segment_cache", "sensitivity", "similar_experts", "similarity", "specialization", "straggler", "subject",
-    "task_experts", "token_changes", "u_shape", "uncertainty", "vocabulary",
+    "consistency", "contrast", "expert_changes", "expert_map", "expert_values", "figure", "file", "find", "findings",
+    "gate_regression", "group_similarity", "importance", "language_distance", "layer_links", "load",
+    "loss_correlation", "mutual_information", "norm_rank", "partners", "permutation", "placement", "prefetch",
+    "question", "segment_cache", "sensitivity", "similar_experts", "similarity", "specialization", "straggler",
+    "subject", "task_experts", "token_changes", "u_shape", "uncertainty", "vocabulary",
 ]  # fmt: skip
 
 
@@ -91,6 +91,16 @@ def file(name: str) -> ModuleType:
     if name not in NAMES:
         raise InputError(f"there is no analysis {name!r}; choose from {', '.join(NAMES)}.")
     return import_module(f"workbench.analysis.{name}")
+
+
+def figure(name: str, frame: pd.DataFrame) -> Figure:
+    """The figure of an analysis. name: of the analysis; frame: its table. InputError lists the analyses there are."""
+    return file(name).figure(frame)
+
+
+def findings(name: str, frame: pd.DataFrame) -> list[str]:
+    """What a table says, a sentence each. name: of the analysis; frame: its table. InputError as `figure`."""
+    return file(name).findings(frame)
 
 
 def question(name: str) -> str:

@@ -185,7 +185,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     each = frame[frame["layer"].notna()]
     for place, size in enumerate(figures.spread(frame["batch_tokens"], figures.MOST_BANDS)):
         rows = each[each["batch_tokens"] == size]
-        colour = figures.COLOURS[place % len(figures.COLOURS)]
+        colour = figures.COLOURS[(place + 1) % len(figures.COLOURS)]  # the first is that of what was measured
         figures.line(
             result, rows["layer"].astype(int), rows["share"], rows["low"] / rows["n_experts"],
             rows["high"] / rows["n_experts"], name=f"{size:,} tokens" if size > 1 else "1 token",

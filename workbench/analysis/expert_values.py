@@ -58,8 +58,8 @@ def expert_values(
     rows = len(labels) + 1  # the last one: tokens without a label
     blocks = text_blocks(trace, rows * int(trace.layers["n_experts"].sum()), seed)
     cell = blocks.of_token.astype(np.int64) * rows + np.where(label >= 0, label, len(labels))
-    drawn = np.concatenate(list(draws(blocks.n_blocks, n_resamples, seed))) if blocks.n_blocks else np.empty((0, 0))
-    drawn = drawn.astype(np.float64)
+    nothing = np.empty((0, blocks.n_blocks))
+    drawn = np.concatenate([nothing, *(draws(blocks.n_blocks, n_resamples, seed) if blocks.n_blocks else ())])
     sizes = group_sizes(label, blocks.text, of_sequence, len(labels))
     names = [EVERYTHING, *labels]
     tables = []
