@@ -59,6 +59,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# What several runs of pytest share; made anew by each `make test`.
+export WORKBENCH_TEST_TRACES := $(CURDIR)/$(VENV)/test-traces
+
 # A process a core, one thread each; a file stays in one process, so that what its tests share is made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
@@ -70,11 +73,13 @@ LIBRARY := $(PYTEST) --ignore=tests/app --ignore=tests/fused/interpreted
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/fused/interpreted
 
 test: setup browser lint
+	rm -rf $(WORKBENCH_TEST_TRACES)
 	$(LIBRARY) -m "not slow"
 	$(INTERPRETED) -m "not slow"
 	$(PAGES) -m "not slow"
 
 test-all: setup browser lint
+	rm -rf $(WORKBENCH_TEST_TRACES)
 	$(LIBRARY)
 	$(INTERPRETED)
 	$(PAGES)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 
+SHARED = "WORKBENCH_TEST_TRACES"
+"""Environment variable: the folder of traces that several runs of pytest share."""
+
 EVERY_FAMILY = ("test_recorder.py", "test_selection.py")
 """That the ids and weights of each family are those that its experts consumed is tested of all of them, always."""
 
@@ -59,12 +62,14 @@ def workbench(capsys, monkeypatch) -> Command:
 def demo_trace(tmp_path_factory) -> Path:
     """A trace of the bundled model, of about 6,000 tokens: parallel texts of four languages, and texts of four domains.
 
-    Made once for all processes of the tests; not to be changed.
+    Made once for all processes of the tests, and of all that `make test` starts; not to be changed.
     """
     from filelock import FileLock
 
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    folder = Path(os.environ.get(SHARED, folder))
+    folder.mkdir(exist_ok=True)
     path = folder / "demo.duckdb"
     with FileLock(folder / "demo.lock"):
         if not path.exists():

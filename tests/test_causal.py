@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import workbench as wb
-from workbench import causal
+from workbench import causal, remote
 from workbench.bench.causal import by_hooks
 from workbench.causal import patch
 from workbench.errors import InputError, RunError
@@ -298,7 +298,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_nnsight_gets_the_weights_themselves() -> None:
     made = spoken.model("olmoe")
-    theirs = causal._wrapped(made)._module
+    theirs = remote.wrapped(made)._module
     assert theirs is not made.module
     shared = zip(made.module.parameters(), theirs.parameters(), strict=True)
     assert all(mine.data_ptr() == their.data_ptr() for mine, their in shared)
@@ -319,7 +319,7 @@ def test_nnsight_and_our_interventions_give_the_same_logits(family: str, level: 
     layer, expert = 1, 2
     selection = {"gpt_oss": "torch_topk_0", "deepseek_v3": "scores_for_choice_0"}.get(family, "torch_topk_0")
     names = {id(module): name for name, module in made.module.named_modules()}
-    traced = causal._wrapped(made)
+    traced = remote.wrapped(made)
     with torch.no_grad(), traced.trace(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False):
         router = traced.get(names[id(made.layers[layer].router)])
         if level == "logits":

@@ -113,10 +113,10 @@ def test_killed_inside_a_transaction(folder: Path, tmp_path: Path):
     assert 0 < kept["between tables"] == kept["before commit"] < kept["after commit"] < N_TEXTS
 
 
-@pytest.mark.parametrize("group", [(), ("--group", "lang,domain")])
-def test_a_run_that_counts_killed_inside_a_transaction(group: tuple[str, ...], folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("group", ["seq", "lang,domain"])
+def test_a_run_that_counts_killed_inside_a_transaction(group: str, folder: Path, tmp_path: Path):
     """Totals are replaced in each transaction: it is either not there at all or whole, like rows."""
-    options = ("--record", "counts", *group, "--batch-tokens", "512")
+    options = ("--counts-by", group, "--batch-tokens", "512")
     whole, log = tmp_path / "whole.duckdb", tmp_path / "log"
     assert process.finish(process.start(*command(folder, whole, options=options), log=log)) == 0, log.read_text()
     expected, kept = contents(whole), {}

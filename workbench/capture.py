@@ -7,28 +7,25 @@ sequences alone and a batch is committed whole, so a resumed run repeats exactly
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Several
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from workbench import corpus as corpora
 from workbench.errors import InputError
 from workbench.forward import predicts_next, reads_twice, run_batch, run_pass
-from workbench.fused_experts import Experts, fused_experts, which
-from workbench.fused_routing import fused_routing
-from workbench.intervening import Given, about_generation, effective_top_k, intervene
+from workbench.fused_experts import Experts, which
+from workbench.intervening import Given, about_generation, effective_top_k
+from workbench.job import Job, n_tokens, observed, observing, progress_bar, token_ids, untold
 from workbench.models import Model, load
 from workbench.recipe import Recipe, as_recipe, described, to_json
 from workbench.recorder import Recorder
-from workbench.schema import COUNTS, RECORDABLE, UNKNOWN_TOKEN
+from workbench.schema import COUNTS, RECORDABLE
 from workbench.store import Writer, check_target
 from workbench.tally import Tally, Texts
-from workbench.tokenization import LongTexts, Sequence, batches, sequences, survey, token_texts
+from workbench.tokenization import LongTexts, Sequence, batches, sequences, survey, token_texts, unchanged
 from workbench.tracefile import Trace
 
 
@@ -37,8 +34,8 @@ def trace(
     corpus: str | Path | corpora.Corpus | Several[str | Path | corpora.Corpus],
     out: str | Path,
     *,
-    record: Iterable[str] = ("ids", "weights"),
-    group: Iterable[str] = (),
+    record: Iterable[str] | None = None,
+    counts_by: str | Iterable[str] | None = None,
     run: str | None = None,
     mode: str = "new",
     max_tokens: int | None = None,
@@ -55,9 +52,9 @@ def trace(
     model         what `workbench.load` returns, or a name for it
     corpus        bundled names, paths or `workbench.corpus.read(…)` results; several are traced one after the other
     record        any of `workbench.schema.RECORDABLE`; ids are always recorded, profiles are each sequence's mean
-                  router probabilities; shift and lookahead can't be recorded of every family. Or `counts`, alone: how
-                  often experts were chosen, and together, instead of a row a token (`workbench.counts`)
-    group         only with counts: columns of the corpus; texts that agree in all of them are counted together
+                  router probabilities; shift and lookahead can't be recorded of every family. None: ids and weights
+    counts_by     instead of a row a token, keep how often experts were chosen, and together (`workbench.counts`): of
+                  all texts that agree in these columns of the corpus; or of each text by itself, "seq"
     run           name of the run inside the file; by default the model's and the corpora's, and the recipe's file's
     mode          "new" (refuse an existing file), "overwrite", "append" (one more run) or "resume" (finish a run)
     max_tokens    stop after the sequence that reaches this many tokens
@@ -76,29 +73,91 @@ def trace(
     no token of a run; of the rest of a resumed run nothing is asked.
     """
     check_target(out, mode)  # before anything slow
+    job = prepare(
+        model,
+        corpus,
+        record=record,
+        counts_by=counts_by,
+        run=run,
+        max_tokens=max_tokens,
+        max_length=max_length,
+        long_texts=long_texts,
+        batch_tokens=batch_tokens,
+        generate=generate,
+        recipe=recipe,
+        experts=experts,
+        bars=progress is True,
+    )
+    told = progress if callable(progress) else untold
+    run = job.header["run"]
+    with Writer(out, job.header, job.layers, mode=mode) as writer, progress_bar(job, progress is True) as bar:
+        done = writer.finished_sequences
+        if job.tally is not None and done:
+            job.tally.restore(Trace(out, run))
+        with (
+            observing(job.model, job.record, job.recipe, job.experts, idle=bool(done)) as (recorder, _),
+            ExitStack() as ending,
+        ):
+            if job.tally is None:
+                process = _recorded(job.model, recorder, writer, generate, "predictions" in job.record)
+            else:
+                process = ending.enter_context(_counted(job.model, recorder, writer, generate, job.tally))
+            n_done = 0
+            told(n_done, job.n_tokens)
+            for batch in batches(job.texts(), batch_tokens):
+                if not done.issuperset(sequence.seq for sequence in batch):
+                    process(batch)
+                size = n_tokens(batch, generate)
+                bar.update(size)
+                n_done += size
+                told(n_done, job.n_tokens)
+    return Trace(out, run=run)
+
+
+def prepare(
+    model: Model | str,
+    corpus: str | Path | corpora.Corpus | Several[str | Path | corpora.Corpus],
+    *,
+    record: Iterable[str] | None = None,
+    counts_by: str | Iterable[str] | None = None,
+    run: str | None = None,
+    max_tokens: int | None = None,
+    max_length: int | None = None,
+    long_texts: LongTexts = "refuse",
+    batch_tokens: int = 4096,
+    generate: int = 0,
+    recipe: Given | None = None,
+    experts: Experts = "auto",
+    engine: str = "hf",
+    device: str | None = None,
+    bars: bool = False,
+) -> Job:
+    """Check everything and read the corpus once; arguments and errors as `trace` has them.
+
+    device  where the model will run, if that isn't where it is now
+    """
     edited = None if recipe is None else as_recipe(recipe)
     late = None if edited is None or generate else about_generation(edited.interventions)
     if late is not None:
         raise InputError(f"{described(late)} is about generated tokens only: trace with --generate")
-    record = _recordable(record)
-    if group and record != [COUNTS]:
-        raise InputError("group says which texts are counted together: record counts, or leave it out")
+    group = _group(counts_by)
+    if group is not None and record is not None:
+        raise InputError("counts stand instead of a row a token: give counts_by or record, not both")
+    record = _recordable(("ids", "weights") if record is None else record) if group is None else [COUNTS]
     sources = _read(corpus)
     model = model if isinstance(model, Model) else load(model)
     _check(model, max_tokens, batch_tokens, generate)
     if "predictions" in record and (reads_twice(model) or not predicts_next(model)):
         raise InputError(f"{model.family} doesn't predict the next token of a text: trace it without predictions")
     top_k = None if edited is None else effective_top_k(model, edited)
-    recorder = Recorder(model, _observed(record))
-    implementation = which(model, experts)
+    Recorder(model, observed(record))  # refuses what the family doesn't have
+    implementation = which(model, experts, device)
     limit = _max_length(model, max_length, generate)
 
     def texts() -> Iterator[Sequence]:
         return _texts(model, sources, limit, long_texts, max_tokens, generation_prompt=generate > 0)
 
-    bars = progress is True
-    told = progress if callable(progress) else _untold
-    known = Texts([group] if isinstance(group, str) else group)
+    known = Texts(group or ())
     found = known.note(texts()) if record == [COUNTS] else texts()
     plan = survey(tqdm(found, desc="reading", unit=" texts", disable=None if bars else True, leave=False))
     rows = layer_rows(model, top_k)
@@ -118,43 +177,18 @@ def trace(
     }
     if tally is not None:
         request |= {"blocks": tally.n_blocks, "group": known.group}
-    with Writer(out, header(model, run, record, request, edited), rows, mode=mode) as writer:
-        done = writer.finished_sequences
-        if tally is not None and done:
-            tally.restore(Trace(out, run))
-        total = plan.n_tokens + generate * plan.n_sequences
-        bar = tqdm(
-            total=total,
-            desc=f"tracing {Path(model.name).name}",
-            unit=" tokens",
-            unit_scale=True,
-            disable=None if bars else True,
-        )
-        fused = _fused(model, implementation)
-        edits = nullcontext() if edited is None else intervene(model, edited, idle=bool(done))
-        with bar, fused, edits, recorder, torch.inference_mode(), ExitStack() as ending:
-            if tally is None:
-                process = _recorded(model, recorder, writer, generate, "predictions" in record)
-            else:
-                process = ending.enter_context(_counted(model, recorder, writer, generate, tally))
-            n_done = 0
-            told(n_done, total)
-            for batch in batches(texts(), batch_tokens):
-                if not done.issuperset(sequence.seq for sequence in batch):
-                    process(batch)
-                size = sum(len(sequence.token_ids) + generate for sequence in batch)
-                bar.update(size)
-                n_done += size
-                told(n_done, total)
-    return Trace(out, run=run)
-
-
-@contextmanager
-def _fused(model: Model, experts: Literal["model", "fused"]) -> Iterator[None]:
-    """The experts by one implementation, and fused routers with fused experts on a GPU; on a CPU they gain nothing."""
-    on_gpu = experts == "fused" and model.device.type != "cpu"
-    with fused_experts(model, experts), fused_routing(model) if on_gpu else nullcontext():
-        yield
+    return Job(
+        model=model,
+        header=header(model, run, record, request, edited, engine),
+        layers=rows,
+        record=record,
+        recipe=edited,
+        experts=implementation,
+        texts=lambda: unchanged(texts(), plan, ", ".join(names)),
+        n_tokens=plan.n_tokens + generate * plan.n_sequences,
+        longest=plan.longest,
+        tally=tally,
+    )
 
 
 def _recorded(
@@ -165,8 +199,7 @@ def _recorded(
 
     def process(batch: list[Sequence]) -> None:
         block = run_batch(model, recorder, batch, generate, predict=predict)
-        ids = [block.tokens[name] for name in ("token_id", "predicted") if name in block.tokens]
-        new = set(np.unique(np.concatenate(ids)).tolist()) - named - {UNKNOWN_TOKEN}
+        new = token_ids(block) - named
         writer.add_vocabulary(token_texts(model.tokenizer, sorted(new)))
         writer.append(block)
         named.update(new)
@@ -194,10 +227,6 @@ def _counted(
         yield process
     finally:
         write()
-
-
-def _untold(done: int, total: int) -> None:
-    """Nobody wants to know how far a run is."""
 
 
 def read_texts(
@@ -234,14 +263,16 @@ def _steered(recipe: Given | None) -> list[str]:
     return [] if recipe is None else [Path(recipe).stem if isinstance(recipe, str | Path) else "steered"]
 
 
-def header(model: Model, run: str, record: list[str], request: dict, recipe: Recipe | None = None) -> dict:
+def header(
+    model: Model, run: str, record: list[str], request: dict, recipe: Recipe | None = None, engine: str = "hf"
+) -> dict:
     """What the table `runs` says of a run; `request` is the column `corpus`."""
     return {
         "run": run,
         "model": model.name,
         "revision": model.revision,
         "family": model.family,
-        "engine": "hf",
+        "engine": engine,
         "dtype": model.dtype,
         "recipe": None if recipe is None else to_json(recipe),
         "recorded": record,
@@ -259,22 +290,24 @@ def layer_rows(model: Model, top_k: list[int] | None = None) -> list[dict]:
 
 def _recordable(record: Iterable[str]) -> list[str]:
     asked = {record} if isinstance(record, str) else set(record)
-    unknown = asked - {*RECORDABLE, COUNTS}
-    if unknown:
-        raise InputError(
-            f"can't record {', '.join(sorted(unknown))}: choose from {', '.join(RECORDABLE)}, or {COUNTS} alone"
-        )
     if COUNTS in asked:
-        if len(asked) > 1:
-            others = ", ".join(sorted(asked - {COUNTS}))
-            raise InputError(f"counts stand instead of a row a token, so {others} can't be recorded beside them")
-        return [COUNTS]
+        raise InputError(f"can't record {COUNTS} beside tokens: count with --counts-by (counts_by), of texts or groups")
+    if unknown := asked - set(RECORDABLE):
+        raise InputError(f"can't record {', '.join(sorted(unknown))}: choose from {', '.join(RECORDABLE)}")
     return [name for name in RECORDABLE if name in asked or name == "ids"]
 
 
-def _observed(record: Several[str]) -> set[str]:
-    """What the recorder has to keep so that `record` can be written."""
-    return {"probabilities" if name == "profiles" else name for name in record} - {"ids", "predictions", COUNTS}
+def _group(counts_by: str | Iterable[str] | None) -> list[str] | None:
+    """Columns to count by; none: each text by itself; None: don't count."""
+    if counts_by is None:
+        return None
+    columns = [counts_by] if isinstance(counts_by, str) else list(counts_by)
+    if not columns or ("seq" in columns and len(columns) > 1):
+        raise InputError(
+            f"counts_by is {','.join(columns)!r}; expected columns of the corpus, as in lang,domain, or just seq for "
+            "each text by itself"
+        )
+    return [] if columns == ["seq"] else columns
 
 
 def _check(model: Model, max_tokens: int | None, batch_tokens: int, generate: int) -> None:

@@ -27,11 +27,9 @@ nnsight gets a copy of the model's modules that shares the weights, since it lea
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -42,8 +40,9 @@ from workbench.contributions import contributions, filler
 from workbench.errors import InputError, RunError
 from workbench.forward import predicts_next, reads_twice
 from workbench.hooked import INTERVENED, RECORDED
-from workbench.models import Model, twin
+from workbench.models import Model
 from workbench.prompt_pairs import Pair, encoded
+from workbench.remote import check_key, check_on_hub, expert_paths, wrapped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -156,19 +155,21 @@ def patch(
     check(model)
     if what not in WHAT:
         raise InputError(f"what is {what!r}; expected 'experts' or 'routers'.")
-    _check_remote(model, remote)
+    if remote and remote != "local":
+        check_key()
+        check_on_hub(model)
     chosen = _layers(model, layers)
     prompts = [encoded(pair, model) for pair in pairs]
     if not prompts:
         raise InputError("no pair of prompts; expected at least one.")
-    traced = _wrapped(model)
-    names = {id(module): name for name, module in model.module.named_modules()}
+    traced = wrapped(model)
+    paths = expert_paths(model)
     parts = []
     for number, (source_ids, target_ids, answers) in enumerate(prompts):
         differs = [a != b for a, b in zip(source_ids, target_ids, strict=True)]
         first = differs.index(True) if any(differs) else len(differs)
         places = [
-            _Place(layer.index, names[id(layer.experts)], layer.n_experts, filler(layer), what, first)
+            _Place(layer.index, paths[layer.index], layer.n_experts, filler(layer), what, first)
             for layer in model.layers
             if layer.index in chosen
         ]
@@ -200,26 +201,6 @@ def _layers(model: Model, layers: Sequence[int] | None) -> set[int]:
     if wrong:
         raise InputError(f"layer {wrong[0]}: {model.name} has the layers 0 to {len(model.layers) - 1}.")
     return set(there if layers is None else layers)
-
-
-def _check_remote(model: Model, remote: bool | str) -> None:
-    if not remote or remote == "local":
-        return
-    from nnsight.schema.config import CONFIG
-
-    if not CONFIG.API.APIKEY:
-        raise InputError("remote: NDIF takes an API key, and there is none: set NDIF_API_KEY, or leave out remote.")
-    name = getattr(getattr(model.module, "config", None), "name_or_path", "")
-    if not name or Path(name).exists():
-        raise InputError(f"remote: NDIF runs models of the Hub, by their id; {model.name} is on this machine only.")
-
-
-def _wrapped(model: Model) -> Any:
-    """nnsight's view of a copy of the modules, with the same weights."""
-    import nnsight
-
-    tokenizer = copy.deepcopy(model.tokenizer)  # nnsight sets its padding
-    return nnsight.TransformersModel(twin(model.module), tokenizer=tokenizer, task="text-generation")
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ TABLES = {
     "routing": "One token at one router: whom it chose, as lists. The largest table: name the layer or the sequence.",
     "profiles": "Mean router probabilities over the tokens of one sequence at one router, where they were recorded.",
     "loads": "How often the tokens of one text (or of a group of texts) chose each expert at one router, in a run that "
-    "counts (`--record counts`).",
+    "counts (`--counts-by`).",
     "pairs": "How many tokens of one block of texts chose an expert and each expert of the same or the next router, in "
     "a run that counts.",
     "selections": "One selected expert of one token at one router: `routing` with its lists unrolled (a view).",
@@ -93,7 +93,7 @@ COLUMNS = {
     "profiles": {"run": _RUN, "seq": _SEQ, "layer": _LAYER, "probs": "mean probability of each expert; they sum to 1"},
     "loads": {
         "run": _RUN,
-        "seq": "number of the text; of a group of texts (`--group`): of its first",
+        "seq": "number of the text; of a group of texts: of its first",
         "phase": "of the tokens: template, prompt or generated; null where groups of texts are counted",
         "block": "number of the block of texts, as in `pairs`",
         "layer": _LAYER,

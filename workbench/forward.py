@@ -48,20 +48,39 @@ class Pass:
         """The rows of the table `sequences`."""
         if self.kept.sum(1).tolist() != self.lengths:
             raise RunError("the attention mask lost tokens of a sequence")
-        return [
-            {
-                "seq": sequence.seq,
-                "sha256": sequence.sha256,
-                "n_prompt": len(sequence.token_ids),
-                "n_tokens": n,
-                "lang": sequence.lang,
-                "domain": sequence.domain,
-                "source": sequence.source,
-                "segment_id": sequence.segment_id,
-                "metadata": sequence.metadata,
-            }
-            for sequence, n in zip(self.batch, self.lengths, strict=True)
-        ]
+        return sequence_rows(self.batch, self.lengths)
+
+
+def sequence_rows(batch: list[Sequence], lengths: list[int]) -> list[dict[str, Any]]:
+    """What a `Block` says of a batch, `lengths` being its sequences' tokens with those generated."""
+    return [
+        {
+            "seq": sequence.seq,
+            "sha256": sequence.sha256,
+            "n_prompt": len(sequence.token_ids),
+            "n_tokens": n,
+            "lang": sequence.lang,
+            "domain": sequence.domain,
+            "source": sequence.source,
+            "segment_id": sequence.segment_id,
+            "metadata": sequence.metadata,
+        }
+        for sequence, n in zip(batch, lengths, strict=True)
+    ]
+
+
+def token_arrays(
+    rows: list[dict[str, Any]], token_id: np.ndarray, phase: np.ndarray, nll: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """What a `Block` says of the n tokens of the sequences `rows`: ids and phases (n,), nll None where unknown."""
+    lengths = [row["n_tokens"] for row in rows]
+    return {
+        "seq": np.repeat(np.array([row["seq"] for row in rows], dtype=np.int32), lengths),
+        "pos": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        "token_id": token_id,
+        "phase": phase,
+        "nll": np.full(sum(lengths), np.nan, np.float32) if nll is None else nll,
+    }
 
 
 def run_batch(
@@ -89,8 +108,11 @@ def run_pass(
     """
     try:
         if generate:
-            return _generated(model, recorder, batch, generate, predict, losses)
-        return _forward(model, recorder, batch, predict, losses)
+            ran = _generated(model, recorder, batch, generate, predict, losses)
+        else:
+            ran = _forward(model, recorder, batch, predict, losses)
+        _check(model, ran)
+        return ran
     except RunError:
         raise
     except (RuntimeError, MemoryError) as error:
@@ -98,8 +120,21 @@ def run_pass(
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
             f"the model failed on the batch of {size} that begins with text {batch[0].seq}: {why}. If memory ran out, "
-            "trace with a smaller --batch-tokens"
+            "trace with a smaller --batch-tokens, as a new run"
         ) from error
+
+
+def _check(model: Model, ran: Pass) -> None:
+    """RunError if a router gave a token a weight that is NaN or infinite: then its choice means nothing."""
+    broken = torch.stack([seen.broken for seen in ran.observed if seen.broken is not None]) & ran.kept
+    if not bool(broken.any()):
+        return
+    layer, row, column = broken.nonzero()[0].tolist()
+    raise RunError(
+        f"{model.layers[layer].name} gave a weight that is NaN or infinite, in text {ran.batch[row].seq} at position "
+        f"{int(ran.kept[row, :column].sum())}: the model is broken, or {model.dtype} is too narrow for it. Trace with "
+        "--dtype float32, or check the checkpoint"
+    )
 
 
 def padded(batch: list[Sequence], pad: int, side: str, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,15 +251,9 @@ def _joined(steps: list[Observation]) -> Observation:
 
 def _block(ran: Pass) -> Block:
     """Padding removed, as NumPy, with metadata."""
-    rows, kept, lengths = ran.sequences(), ran.kept, ran.lengths
+    rows, kept = ran.sequences(), ran.kept
     places = None if bool(kept.all()) else kept.flatten().nonzero().squeeze(1)
-    tokens = {
-        "seq": np.repeat(np.array([row["seq"] for row in rows], dtype=np.int32), lengths),
-        "pos": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-        "token_id": _rows(ran.ids, places).to(torch.int32).cpu().numpy(),
-        "phase": ran.phase,
-        "nll": np.full(sum(lengths), np.nan, np.float32) if ran.nll is None else ran.nll,
-    }
+    tokens = token_arrays(rows, _rows(ran.ids, places).to(torch.int32).cpu().numpy(), ran.phase, ran.nll)
     if ran.predicted is not None:
         tokens["predicted"] = _rows(ran.predicted, places).to(torch.int32).cpu().numpy()
     return Block(

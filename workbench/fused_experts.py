@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -52,11 +53,12 @@ def fused_experts(model: Model, experts: Experts = "auto") -> Iterator[Literal["
         module.set_experts_implementation(before)
 
 
-def which(model: Model, experts: Experts) -> Literal["model", "fused"]:
-    """What `experts` means for a model. InputError as `fused_experts` has it."""
+def which(model: Model, experts: Experts, device: str | None = None) -> Literal["model", "fused"]:
+    """What `experts` means for a model on that device, by default its own. InputError as `fused_experts` has it."""
     if experts not in get_args(Experts):
         raise InputError(f"experts is {experts!r}: expected one of {', '.join(get_args(Experts))}.")
-    if experts == "model" or (experts == "auto" and model.device.type != "cpu"):
+    kind = model.device.type if device is None else torch.device(device).type
+    if experts == "model" or (experts == "auto" and kind != "cpu"):
         return "model"
     reason = why_not(model)
     if reason is None:

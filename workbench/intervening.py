@@ -131,6 +131,16 @@ def interventions_of(recipe: Given, model: Model | None = None) -> tuple[AnyInte
     return found
 
 
+def check_touched(interventions: Sequence[AnyIntervention], touched: Sequence[int]) -> None:
+    """RunError if one of the interventions touched nothing."""
+    idle = [one for one, count in zip(interventions, touched, strict=True) if not count]
+    if idle:
+        raise RunError(
+            f"{len(idle)} of {len(interventions)} interventions touched nothing, the first of them "
+            f"{idle[0]}: no token was in its scope, or no token in it selected the experts."
+        )
+
+
 class Intervened:
     """Interventions in force on a model; made by `intervene`.
 
@@ -173,14 +183,9 @@ class Intervened:
 
     def check_touched(self) -> None:
         """RunError if an intervention touched nothing."""
-        idle = [one for one, touched in zip(self.interventions, self.touched, strict=True) if not touched]
-        if not self._passes and idle:
+        if not self._passes and not all(self.touched):
             raise RunError("the interventions touched nothing: the model wasn't run inside the block.")
-        if idle:
-            raise RunError(
-                f"{len(idle)} of {len(self.interventions)} interventions touched nothing, the first of them "
-                f"{idle[0]}: no token was in its scope, or no token in it selected the experts."
-            )
+        check_touched(self.interventions, self.touched)
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 

@@ -155,7 +155,7 @@ def outline(model: str | Path, *, revision: str | None = None, trust_remote_code
     config = _config(source, revision, trust_remote_code)
     module: Any = _check_family(source, config, trust_remote_code)
     with suppress(OSError):  # there needn't be one
-        module.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
+        module.generation_config = GenerationConfig.from_pretrained(source, revision=revision or "main")
     commit = getattr(config, "_commit_hash", None)
     tokenizer = _tokenizer(source, False, trust_remote_code)
     return _wrap(module, str(model), tokenizer, revision if commit is None else commit)

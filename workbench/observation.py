@@ -26,6 +26,7 @@ class Observation:
     shift          float32 (B, S)     in [0, 2]
     lookahead      int64   (B, S, k') ids of the next layer's experts, top-k' there; -1 where there is none. None in the
                                       last layer of a stack
+    broken         bool    (B, S)     whether a weight is NaN or infinite, as padding may have it
     """
 
     experts: Tensor
@@ -37,6 +38,7 @@ class Observation:
     probabilities: Tensor | None = None
     shift: Tensor | None = None
     lookahead: Tensor | None = None
+    broken: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -109,6 +111,7 @@ def observation(layer: Layer, seen: Seen, record: frozenset[str], *, zeroed: boo
             raise RunError(f"{layer.name} gave a token the same expert twice: the record can't be what the router did.")
     if len(ids) and not bool(none.all()) and not bool(weights.any()):
         raise RunError(f"{layer.name} gave every expert the weight 0: the record can't be what the router did.")
+    extras["broken"] = (~weights.isfinite() & ~none).any(-1)
     if "weights" in record:
         extras["weights"] = weights.float().masked_fill(none, 0.0)
     if "norms" in extras:

@@ -1,4 +1,4 @@
-"""Count choices while a model runs, on its device: what `--record counts` keeps instead of rows a token.
+"""Count choices while a model runs, on its device: what `--counts-by` keeps instead of rows a token.
 
 Nothing of a token leaves the device: each batch adds to tables of pairs that stay there, and brings back how often its
 texts (or groups of texts) chose each expert. See `workbench.counts` for what is counted.
@@ -57,8 +57,8 @@ class Texts:
             self.labels.append(self.known.setdefault(key, len(self.known)))
             if len(self.known) > MOST_GROUPS:
                 raise InputError(
-                    f"the texts have more than {MOST_GROUPS:,} different values of {', '.join(self.group)}: group by "
-                    "columns with fewer, or leave out --group."
+                    f"the texts have more than {MOST_GROUPS:,} different values of {', '.join(self.group)}: count by "
+                    "columns with fewer, or each text by itself: --counts-by seq."
                 )
             yield sequence
 
@@ -66,7 +66,7 @@ class Texts:
         """uint16 (n_sequences,): the block of each; as many as the tables of `layers` leave room for."""
         for at, name in enumerate(self.group):
             if all(key[at] is None for key in self.known):
-                raise InputError(f"no text has a {name!r}: group by a column of the corpus, such as lang or domain.")
+                raise InputError(f"no text has a {name!r}: count by a column of the corpus, such as lang or domain.")
         largest = max(row["n_experts"] for row in layers) ** 2
         n_cells = sum((a + 1) * (b + 1) for a, b in _sizes(layers).values())
         text = text_codes(pd.DataFrame({"segment_id": pd.Series(self._segments, dtype=object)}))

@@ -15,7 +15,7 @@ from workbench.corpus import from_rows
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("counts") / "counts.duckdb"
-    trace(checkpoint.olmoe(), from_rows(checkpoint.rows(), "texts"), out, record="counts", progress=False)
+    trace(checkpoint.olmoe(), from_rows(checkpoint.rows(), "texts"), out, counts_by="seq", progress=False)
     return out
 
 
@@ -34,13 +34,13 @@ def test_specialisation_is_shown(path: Path, monkeypatch):
 
 def test_pairs_are_shown(path: Path, monkeypatch):
     text = pages.said(pages.opened(monkeypatch, path, "structure"))
-    assert "The pair that stands out most" in text and "record counts" not in text.replace("\\", "")
+    assert "The pair that stands out most" in text and "counts-by" not in text.replace("\\", "")
 
 
 @pytest.mark.parametrize("name", ["tokens", "experts", "languages", "consistency"])
 def test_every_other_page_says_what_was_recorded(name: str, path: Path, monkeypatch):
     text = pages.said(pages.opened(monkeypatch, path, name)).replace("\\", "")
-    assert "it was traced with --record counts. It answers load, balance" in text
+    assert "it was traced with --counts-by. It answers load, balance" in text
 
 
 def test_counts_can_be_queried(path: Path, monkeypatch):

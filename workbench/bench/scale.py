@@ -2,6 +2,7 @@
 
     load         a folder of parts becomes one DuckDB file (`workbench merge`): million token-layers a second
     out_of_core  questions to a trace four times as large as the memory that DuckDB is given, over the same with all
+    workers      `--engine ray` with a worker a core over one process that uses all of them
 
 What a measurement is made of is in MEASUREMENTS: name -> function of the folder of parts.
 """
@@ -145,7 +146,18 @@ def out_of_core(folder: Path, repeats: int) -> dict[str, Any]:
     return {"bytes": size, "memory": memory, "times_larger": round(size / memory, 2), "questions": questions}
 
 
-MEASUREMENTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {"load": load, "out_of_core": out_of_core}
+def workers(folder: Path, repeats: int) -> dict[str, Any]:
+    """See `workbench.bench.workers`, which is imported here alone: it loads torch, and memory is measured above."""
+    from workbench.bench.workers import workers as measure
+
+    return measure(folder, repeats)
+
+
+MEASUREMENTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    "load": load,
+    "out_of_core": out_of_core,
+    "workers": workers,
+}
 
 
 def _asked(file: Path, question: str, memory: int | None) -> dict[str, Any]:

@@ -1,17 +1,25 @@
 """Recording: `trace`."""
 
+import signal
 import sys
 from enum import Enum
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from workbench.commands.edits import RecipeFile
 from workbench.commands.options import Demo, Device, Dtype, Overwrite, Revision, Trust, pair
-from workbench.errors import InputError
+from workbench.errors import InputError, RunError
 from workbench.interventions import Replay
+from workbench.location import Url, exists, located
 from workbench.recipe import read_recipe
+
+
+class Engine(Enum):
+    hf = "hf"
+    ray = "ray"
+    vllm = "vllm"
+    ndif = "ndif"
 
 
 class LongTexts(Enum):
@@ -39,19 +47,23 @@ def trace(
             help="Bundled name, file, folder or Hugging Face data set; may be given several times. [default: demo]"
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The DuckDB file to write.")] = Path("trace.duckdb"),
-    record: Annotated[
+    out: Annotated[
         str,
-        typer.Option(
-            help="Comma-separated, of: ids weights entropy margin logits norms profiles shift lookahead predictions. "
-            "Or just counts, for corpora too large for a row a token."
-        ),
-    ] = "ids,weights",
-    group: Annotated[
+        typer.Option(help="The DuckDB file to write; with --engine ray also a folder of parts: FOLDER/, or a URL."),
+    ] = "trace.duckdb",
+    record: Annotated[
         str | None,
         typer.Option(
-            help="With --record counts: columns of the corpus, as in lang,domain; texts that agree in all of them are "
-            "counted together. [default: each text by itself]"
+            help="Comma-separated, of: ids weights entropy margin logits norms profiles shift lookahead predictions. "
+            "[default: ids,weights]"
+        ),
+    ] = None,
+    counts_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN[,COLUMN]",
+            help="Count choices instead of recording tokens, for corpora too large for a row a token: texts that agree "
+            "in these columns together, or, with seq, each text by itself.",
         ),
     ] = None,
     run: Annotated[
@@ -83,6 +95,46 @@ def trace(
             "whichever is known to be faster."
         ),
     ] = Experts.auto,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="What runs the model: transformers in this process (hf), or in many (ray); vLLM, which tells ids "
+            "only; or NDIF, far away, for a few texts."
+        ),
+    ] = Engine.hf,
+    workers: Annotated[
+        int | None, typer.Option(help="With --engine ray: processes that each hold the model, over all machines.")
+    ] = None,
+    worker_gpus: Annotated[
+        float | None,
+        typer.Option(help="With --engine ray: GPUs of each worker, also a fraction. [default: 1 with --device cuda]"),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RAY_ADDRESS",
+            help="With --engine ray: a running cluster. [default: one on this machine, for the run]",
+        ),
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="With --engine vllm: GPUs that each layer is split over.")] = 1,
+    data_parallel: Annotated[
+        int, typer.Option(help="With --engine vllm: processes that share out the texts and the experts.")
+    ] = 1,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="With --engine vllm: an argument of its engine, as in gpu_memory_utilization=0.8; may be given "
+            "several times.",
+        ),
+    ] = None,
+    vllm_python: Annotated[
+        str | None,
+        typer.Option(
+            envvar="WORKBENCH_VLLM_PYTHON",
+            help="With --engine vllm: an interpreter whose environment has it. [default: what make vllm-env made]",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.")] = False,
     append: Annotated[bool, typer.Option("--append", help="Add a run to an existing file.")] = False,
     overwrite: Overwrite = False,
@@ -94,46 +146,100 @@ def trace(
     if recipe is not None and replay is not None:
         raise InputError("--recipe and --replay exclude each other: put a Replay into the recipe")
     mode = "resume" if resume else "append" if append else "overwrite" if overwrite else "new"
-    from workbench.store import check_target
+    if engine is Engine.ray:
+        if workers is None:
+            raise InputError("--engine ray: say how many processes are to hold the model, as in --workers 4")
+    else:
+        if workers is not None or worker_gpus is not None:
+            raise InputError("--workers and --worker-gpus are about --engine ray: add it, or leave them out")
+        if out.endswith("/") or isinstance(located(out), Url):
+            raise InputError(f"--out {out} is a folder of parts, which --engine ray writes; give a DuckDB file")
+        from workbench.store import check_target
 
-    check_target(out, mode)  # before torch is imported and the model loads
+        check_target(out, mode)  # before torch is imported and the model loads
+    if engine is not Engine.vllm and (tensor_parallel != 1 or data_parallel != 1 or engine_arg):
+        raise InputError("--tensor-parallel, --data-parallel and --engine-arg are about --engine vllm: add it")
+    if engine in (Engine.vllm, Engine.ndif) and experts is not Experts.auto:
+        raise InputError(f"--experts is about transformers, not about --engine {engine.value}: leave it out")
     if recipe is not None:
         read_recipe(recipe)
     replayed = None if replay is None else _replay(replay)
+    handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         from workbench import corpus as corpora
-        from workbench.capture import trace as capture
-        from workbench.models import load
 
         columns = dict(pair(option, "--column", "text=content") for option in column or [])
         sources = [corpora.read(name, columns=columns, bad_rows=bad_rows.value) for name in corpus or ["demo"]]
-        loaded = load(model, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        result = capture(
-            loaded,
-            sources,
-            out,
-            record=_names(record),
-            group=_names(group or ""),
-            run=run,
-            mode=mode,
-            max_tokens=max_tokens,
-            max_length=max_length,
-            long_texts=long.value,
-            batch_tokens=batch_tokens,
-            generate=generate,
-            recipe=recipe or replayed,
-            experts=experts.value,
-        )
+        loading = {"revision": revision, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        asked: dict[str, Any] = {
+            "record": None if record is None else _names(record),
+            "counts_by": None if counts_by is None else _names(counts_by),
+            "run": run,
+            "mode": mode,
+            "max_tokens": max_tokens,
+            "max_length": max_length,
+            "long_texts": long.value,
+            "batch_tokens": batch_tokens,
+            "generate": generate,
+            "recipe": recipe or replayed,
+            "experts": experts.value,
+        }
+        elsewhere = loading | asked  # where the device and the batches are the engine's own business
+        for name in ("device", "batch_tokens", "experts"):
+            del elsewhere[name]
+        if engine is Engine.ray:
+            from workbench.engines import ray
+
+            cluster = {"workers": workers, "worker_gpus": worker_gpus, "address": ray_address}
+            result = ray.trace(model, sources, out, **cluster, **loading, **asked)
+        elif engine is Engine.vllm:
+            from workbench.engines import vllm
+
+            given = {"python": vllm_python, "engine_args": vllm.arguments(engine_arg or [])}
+            parallel = {"tensor_parallel": tensor_parallel, "data_parallel": data_parallel}
+            result = vllm.trace(model, sources, out, **given, **parallel, **elsewhere)
+        elif engine is Engine.ndif:
+            from workbench.engines import ndif
+
+            result = ndif.trace(model, sources, out, **elsewhere)
+        else:
+            from workbench.capture import trace as capture
+            from workbench.models import load
+
+            result = capture(load(model, **loading), sources, out, **asked)
     except KeyboardInterrupt:
-        kept = f"what {out} holds is whole; the same command with --resume" if out.exists() else "the same command"
+        for which in handlers:  # a second one is not to swallow the message
+            signal.signal(which, signal.SIG_IGN)
+        kept = f"what {out} holds is whole; the same command with --resume" if _begun(out) else "the same command"
         print(f"interrupted: {kept} finishes it", file=sys.stderr)
         raise typer.Exit(130) from None
+    except RunError as error:
+        if "--resume" in str(error) or not _begun(out):
+            raise
+        kept = f"What {out} holds is whole; the same command with --resume goes on from there."
+        raise RunError(f"{str(error).rstrip('.')}. {kept}") from error
+    finally:
+        for which, handler in handlers.items():
+            signal.signal(which, handler)
     for source in sources:
         if source.skipped.count:
             print(f"{source.name}: {source.skipped.count:,} bad rows skipped; the first: {source.skipped.messages[0]}")
     print(f"{out}: {result.n_tokens:,} tokens of {result.n_sequences:,} texts at {result.n_layers} routers")
-    print(f"next:  workbench report {out} --out {out.stem}-report.html")
-    print(f"       workbench analyze specialization {out} --by lang")
+    print(f"next:  workbench report {out} --out {located(out).stem}-report.html")
+    labels = result.sql("SELECT count(DISTINCT lang) AS lang, count(DISTINCT domain) AS domain FROM sequences").iloc[0]
+    by = next((f"specialization {out} --by {name}" for name in ("lang", "domain") if labels[name] > 1), f"load {out}")
+    print(f"       workbench analyze {by}")
+
+
+def _interrupt(*_: object) -> None:
+    """SIGTERM, which schedulers send before they kill, ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def _begun(out: str) -> bool:
+    """Whether there is something of the run: its trace, or parts that were to become it."""
+    return exists(out) or exists(f"{out}.parts")
 
 
 def _names(text: str) -> list[str]:
@@ -146,6 +252,6 @@ def _replay(text: str) -> Replay:
     from workbench.tracefile import Trace
 
     file, colon, run = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or exists(text):
         file, run = text, None
     return Replay(trace=file, run=Trace(file, run).run)

@@ -1,0 +1,353 @@
+"""Trace with many processes, on one machine or many: `--engine ray --workers N`.
+
+The driver reads the corpus and plans the batches that one process would run. Consecutive batches make a *shard*. Ray
+Data hands the shards, token ids and metadata, to workers that each hold the model; a worker writes what it records as
+parts (docs/parts.md), and only numbers come back. At the end a DuckDB file is loaded from the parts, or the folder of
+parts is the trace.
+
+A part is named after its first batch, so a worker that is tried again writes the same parts anew, and `--resume` runs
+the batches whose sequences no part has: nothing is lost, nothing is there twice.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Sequence as Several
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from workbench import corpus as corpora
+from workbench import parts, schema
+from workbench.capture import prepare
+from workbench.combine import merge
+from workbench.errors import InputError, RunError
+from workbench.folder import held
+from workbench.intervening import check_touched
+from workbench.job import Job, observing, progress_bar, untold
+from workbench.location import Url, located
+from workbench.models import load
+from workbench.run_rows import layer_rows
+from workbench.store import Writer, check_target
+from workbench.tokenization import Sequence, batches
+from workbench.tracefile import Trace
+
+try:
+    import ray
+    import ray.data
+    from ray._private import worker as driver
+    from ray.data.exceptions import SystemException
+    from ray.exceptions import GetTimeoutError, RayError
+except ImportError as missing:
+    raise InputError(f"--engine ray needs Ray ({missing}): pip install 'moe-workbench[scale]'") from missing
+
+from workbench.engines.ray_tries import Tries, here
+from workbench.engines.ray_worker import Work, Worker, shards
+
+SHARDS = 8
+"""Shards a worker, at least, where the corpus is small; so they end at about the same time."""
+SHARD_TOKEN_LAYERS = 5_000_000
+"""Largest shard: parts of this size are read fastest."""
+START_SECONDS = 300.0
+"""Within which all workers have to have their place in the cluster. Loading the model isn't counted."""
+OBJECT_STORE = 256 << 20
+"""Bytes of shards that Ray keeps in memory on one machine; beyond that they go to its temporary folder."""
+
+
+def trace(
+    model: str | Path,
+    corpus: str | Path | corpora.Corpus | Several[str | Path | corpora.Corpus],
+    out: str | os.PathLike,
+    *,
+    workers: int,
+    worker_gpus: float | None = None,
+    address: str | None = None,
+    mode: str = "new",
+    device: str = "cpu",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    batch_tokens: int = 4096,
+    generate: int = 0,
+    progress: bool | Callable[[int, int], None] = True,
+    **asked: Any,
+) -> Trace:
+    """Record the routing of every token of `corpus` as `workbench.trace` does, row for row, in many processes.
+
+    model        a name that each worker can load: `demo`, a Hub id, or a folder that is there on every machine
+    out          a DuckDB file; or a folder of parts: a URL, a name with a slash at its end, or a folder
+    workers      processes that each load the model. On a CPU each computes with its share of the cores
+    worker_gpus  GPUs of each, also a fraction; by default 1 where `device` is cuda, else 0
+    address      of a running Ray cluster; by default RAY_ADDRESS, or processes of this machine for this run alone
+    mode, device, dtype, revision, trust_remote_code, and what else is asked: as `workbench.trace` and `load` have them
+
+    For a DuckDB file the parts are in FILE.parts until it is loaded from them. The driver loads the model once on its
+    own CPU to see what it is, and lets it go again. Counts need one process, and a DuckDB file takes no second run.
+
+    InputError and RunError as `workbench.trace` has them, also for what goes wrong in a worker; RunError if the workers
+    find no place in the cluster, or keep dying. Parts that were written stay, and `mode="resume"` continues.
+    """
+    if workers < 1:
+        raise InputError(f"workers is {workers}; expected at least 1.")
+    gpus = _gpus(worker_gpus, device)
+    if asked.get("counts_by") is not None:
+        raise InputError("counts are of one process: leave out --engine ray, or record tokens.")
+    if not isinstance(model, str | Path):
+        raise InputError(f"model is a {type(model).__name__}; expected a name, since each worker loads its own.")
+    folder, file = _targets(out, mode)
+    loading = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    loaded = load(model, **loading)
+    more = {"batch_tokens": batch_tokens, "generate": generate, "bars": progress is True}
+    job = prepare(loaded, corpus, **more, engine="ray", device=device, **asked)
+    with observing(loaded, job.record, job.recipe, job.experts, idle=True):
+        pass  # what doesn't fit the model is refused here, not in each worker
+    header = job.header | {"versions": job.header["versions"] | {"ray": ray.__version__}}
+    if mode == "resume" and file is not None and file.exists():
+        Trace(file, header["run"])  # refuses a file with other runs, which would be replaced
+        if not held(folder):
+            with Writer(file, header, job.layers, mode=mode):  # refuses a run that isn't the same; this one has ended
+                return Trace(file, header["run"])
+    for parameter in loaded.module.parameters():
+        parameter.data = torch.empty(0)  # the tokenizer is still needed, the weights aren't
+    work = Work(
+        folder=str(folder.absolute() if isinstance(folder, Path) else folder),
+        run=header["run"],
+        layers=layer_rows(header["run"], job.layers),
+        record=job.record,
+        model=str(model),
+        loading=loading | {"device": device},
+        recipe=job.recipe,
+        experts=job.experts,
+        generate=generate,
+    )
+    with _locked(file or folder), _cluster(address):
+        claim = _claim(workers, gpus)
+        parts.begin(folder, header, job.layers, mode=mode)
+        status = "failed"
+        try:
+            with progress_bar(job, progress is True) as bar:
+                told = progress if callable(progress) else untold
+                _run(job, work, claim, batches(job.texts(), batch_tokens), bar, told)
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            parts.finish(folder, work.run, status)
+        if file is not None:
+            merge([folder], file, overwrite=mode in ("overwrite", "resume"))
+            shutil.rmtree(folder)
+    return Trace(file or folder, work.run)
+
+
+# --- what is asked for
+
+
+def _gpus(asked: float | None, device: str) -> float:
+    kind = device.partition(":")[0]
+    gpus = (1.0 if kind == "cuda" else 0.0) if asked is None else asked
+    if gpus < 0 or (gpus > 0) != (kind == "cuda"):
+        raise InputError(f"--worker-gpus {gpus:g} and --device {device}: GPUs go with cuda, and only with it.")
+    if ":" in device:
+        raise InputError(f"--device {device}: Ray chooses each worker's GPU; give --device {kind}.")
+    return gpus
+
+
+def _targets(out: str | os.PathLike, mode: str) -> tuple[Path | Url, Path | None]:
+    """The folder for the parts, and the file to load from them, if there is to be one."""
+    there = located(out)
+    if os.fspath(out).endswith("/") or isinstance(there, Url) or there.is_dir():
+        return there, None
+    if mode == "append":
+        raise InputError(
+            f"{there}: with --engine ray a run is added to a folder only. Trace into another file and put both into "
+            "one with `workbench merge`."
+        )
+    check_target(there, mode)
+    folder = there.with_name(f"{there.name}.parts")
+    if mode == "new" and held(folder):
+        raise InputError(
+            f"{folder} holds parts of a run that hasn't finished: finish it with --resume, or replace it with "
+            "--overwrite."
+        )
+    return folder, there
+
+
+@contextmanager
+def _locked(out: Path | Url) -> Iterator[None]:
+    """One writer at a time, on this machine."""
+    if isinstance(out, Url):
+        yield
+        return
+    lock = filelock.FileLock(out.absolute().parent / f".{out.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(
+            f"{out} is being written by another process. Wait for it to finish, or write to another file."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- the cluster
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    """Ray, connected or started, and left as it was."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"} | os.environ
+    where = address or os.environ.get("RAY_ADDRESS") or "local"
+    own = where == "local"
+    # Sockets are in it, whose names can't be long; TMPDIR often is.
+    temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp") if own and os.path.isdir("/tmp") else None
+    local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE, "_temp_dir": temporary} if own else {}
+    driver._worker_logs_enabled = False  # it prints a paragraph where a worker dies
+    try:
+        try:
+            with _quiet():
+                ray.init(where, log_to_driver=False, logging_level=logging.ERROR, **local)
+        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+            raise RunError(f"Ray ({where}) can't be used: {schema.first_line(error)}") from error
+        yield
+    finally:
+        ray.shutdown()
+        driver._worker_logs_enabled = True
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on the terminal from code that isn't Python's: Ray's says there which level of logging it was given."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the workers get of a cluster: so many CPUs and GPUs are each one's place, and so many threads it uses."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    threads: int
+
+
+def _claim(workers: int, gpus: float) -> Claim:
+    """InputError if the cluster hasn't so many GPUs.
+
+    Workers that claimed all CPUs would leave none for Ray's own tasks, and all would wait for ever. Half of the CPUs,
+    in pieces of at most one, are to be had on any cluster that nobody else uses, however they spread over machines.
+    """
+    there = ray.cluster_resources()
+    cpus, all_gpus = there.get("CPU", 1.0), there.get("GPU", 0.0)
+    if gpus and workers > (all_gpus * int(1 / gpus + 1e-6) if gpus <= 1 else all_gpus // gpus):
+        raise InputError(
+            f"{workers} workers with {gpus:g} GPUs each don't fit a cluster with {all_gpus:g} GPUs: ask for fewer "
+            "--workers, or for a fraction with --worker-gpus."
+        )
+    return Claim(workers, int(min(1.0, cpus / workers / 2) * 1e4) / 1e4, gpus, max(1, int(cpus // workers)))
+
+
+# --- the run
+
+
+def _run(
+    job: Job,
+    work: Work,
+    claim: Claim,
+    found: Iterator[list[Sequence]],
+    bar: tqdm,
+    told: Callable[[int, int], None],
+) -> None:
+    """Every batch that no part has yet. Raises what a worker ran into."""
+    with schema.reading(work.folder) as con:
+        query = "SELECT seq FROM sequences WHERE run = ?"
+        done = {seq for (seq,) in con.execute(query, [work.run]).fetchall()}
+    size = min(SHARD_TOKEN_LAYERS // len(work.layers), job.n_tokens // (SHARDS * claim.workers))
+    refs, n_done = [], job.n_tokens
+    for shard in shards(found, done, max(1, size), work.generate):
+        refs.append(ray.put(shard))
+        n_done -= shard["tokens"][0].as_py()
+    bar.update(n_done)
+    told(n_done, job.n_tokens)
+    touched = np.zeros(0 if job.recipe is None else len(job.recipe.interventions), np.int64)
+    # Closed before anything else is done: then the workers are gone.
+    with closing(_outcomes(refs, work, claim)) as outcomes:
+        for outcome in outcomes:
+            if outcome["error"] is not None:
+                raise (InputError if outcome["refused"] else RunError)(outcome["error"])
+            touched += np.array(outcome["touched"], np.int64)
+            n_done += outcome["tokens"]
+            bar.update(outcome["tokens"])
+            told(n_done, job.n_tokens)
+    if job.recipe is not None and not done:
+        check_touched(job.recipe.interventions, touched.tolist())
+
+
+def _outcomes(refs: list[Any], work: Work, claim: Claim) -> Generator[dict[str, Any], None, None]:
+    """What the workers say of each shard, in the order in which they finish."""
+    if not refs:
+        return
+    if not ray.wait([ray.remote(here).remote()], timeout=START_SECONDS)[0]:  # Ray Data asks without a limit
+        raise _stalled(claim)
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.wait_for_min_actors_s = int(START_SECONDS)
+    context.execution_no_progress_timeout_s = -1  # a shard takes as long as it takes
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    with ray.data.DataContext.current(context):
+        tries: Any = ray.remote(num_cpus=0)(Tries).remote()
+        dataset = ray.data.from_arrow_refs(refs).map_batches(
+            Worker,
+            fn_constructor_args=(work, claim.threads, tries),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=min(claim.workers, len(refs)), max_tasks_in_flight_per_actor=1),
+            num_cpus=claim.cpus,
+            num_gpus=claim.gpus,
+        )
+    try:
+        yield from dataset.iter_rows()
+    except GetTimeoutError as error:
+        raise _stalled(claim) from error
+    except (RayError, SystemException) as error:
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        why = f"{type(first).__name__}: {schema.first_line(first)}"  # type: ignore[arg-type]
+        raise RunError(f"the workers broke off: {why}. --resume continues with what is missing.") from error
+    finally:
+        ray.kill(tries)
+
+
+def _stalled(claim: Claim) -> RunError:
+    return RunError(
+        f"{claim.workers} workers with {claim.cpus:g} CPUs and {claim.gpus:g} GPUs each found no place within "
+        f"{START_SECONDS:g} s: the cluster has {_listed(ray.cluster_resources())}, of which "
+        f"{_listed(ray.available_resources())} are free. Wait, or ask for fewer --workers; then --resume."
+    )
+
+
+def _listed(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{resources.get(name, 0.0):g} {name}s" for name in ("CPU", "GPU"))
