@@ -1,7 +1,11 @@
 """`python -m workbench` and the `workbench` command."""
 
 import os
+import re
 import sys
+
+_NO_MEMORY = re.compile(r"can(no|')t allocate memory|failed to map segment|can't start new thread", re.IGNORECASE)
+"""What torch, the system, the loader of libraries and Python say."""
 
 
 def main() -> None:
@@ -21,6 +25,10 @@ def main() -> None:
     except BrokenPipeError:  # `workbench query … | head`
         sys.stderr.close()
         sys.exit(0)
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        _fail("memory ran out. Give the command more, or ask for less of it at once. What it had written is whole.", 1)
 
 
 def _fail(message: str, code: int) -> None:

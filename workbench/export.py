@@ -4,11 +4,12 @@ CSV cells that a spreadsheet would run as a formula are made harmless: text that
 break gets an apostrophe in front. Parquet keeps every value as it is.
 """
 
+import csv
 import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import duckdb
 import numpy as np
@@ -55,15 +56,15 @@ def export(
             raise InputError(f"{path} has trace format {version}, which has no table {table!r}: nothing was counted.")
     if isinstance(path, Path) and out.exists() and out.samefile(path):
         raise InputError(f"{out} is the trace itself; give another name to --out.")
-    with new_file(out, overwrite) as temporary, schema.copying(path) as con:
+    with new_file(out, overwrite) as temporary, schema.copying(path, temporary) as con:
         source = f"({_UNNESTED})" if unnest else table
-        columns = con.execute(f"DESCRIBE FROM {source}").fetchall()
-        csv = out.suffix == ".csv"
-        wanted = ", ".join(_csv_cell(name, kind) if csv else name for name, kind, *_ in columns)
+        as_csv = out.suffix == ".csv"
         where = "" if run is None else f"WHERE run = {schema.quoted(run)}"
-        form = "FORMAT csv, HEADER" if csv else "FORMAT parquet, COMPRESSION zstd"
+        form = "FORMAT csv, HEADER" if as_csv else "FORMAT parquet, COMPRESSION zstd"
         try:
-            query = f"COPY (SELECT {wanted} FROM {source} {where}) TO {schema.quoted(temporary)} ({form})"
+            columns = con.execute(f"DESCRIBE FROM {source}").fetchall()
+            wanted = ", ".join(_csv_cell(name, kind) if as_csv else name for name, kind, *_ in columns)
+            query = f"COPY (SELECT {wanted} FROM {source} {where}) TO {schema.quoted(temporary.absolute())} ({form})"
             return con.execute(query).fetchall()[0][0]
         except duckdb.Error as error:
             raise RunError(
@@ -95,7 +96,7 @@ def save_table(frame: pd.DataFrame, out: str | os.PathLike, *, overwrite: bool =
     _check_suffix(out, ".csv", ".parquet", ".tex")
     with new_file(out, overwrite) as temporary:
         if out.suffix == ".csv":
-            harmless(frame).to_csv(temporary, index=False)
+            harmless(frame).to_csv(temporary, index=False, quoting=quoting(frame))
         elif out.suffix == ".parquet":
             frame.to_parquet(temporary, index=False)
         else:
@@ -109,6 +110,13 @@ def harmless(frame: pd.DataFrame) -> pd.DataFrame:
         return f"'{value}" if isinstance(value, str) and re.match(FORMULA, value) else value
 
     return frame.map(cell).rename(columns=cell)
+
+
+def quoting(frame: pd.DataFrame) -> Literal[0, 2]:
+    """How to_csv has to quote: all text where a carriage return is in one, which it doesn't quote by itself. What
+    follows would be a cell of its own, and might be a formula."""
+    texts = frame.map(lambda value: isinstance(value, str) and "\r" in value)
+    return csv.QUOTE_NONNUMERIC if texts.to_numpy().any() else csv.QUOTE_MINIMAL
 
 
 def _tex(frame: pd.DataFrame, name: str) -> str:

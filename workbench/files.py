@@ -22,6 +22,9 @@ Record = tuple[str, Any]
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 PARQUET_ROWS = 1024
+MOST_BYTES = 1 << 28
+"""Of a line, or of a file that is one text: what is longer is no text, but maybe a small file that unpacks to fill the
+memory."""
 
 
 def is_data(path: Path) -> bool:
@@ -80,7 +83,7 @@ def folder_records(paths: list[Path]) -> Iterator[Record]:
     """The records of several files, one file after the other. A whole file of plain text is one record."""
     for path in paths:
         if _format(path) == ".txt":
-            yield f"{path}:1", _decoded(str(path), b"".join(line for _, line in _lines(path)))
+            yield f"{path}:1", _decoded(str(path), _whole(path))
         else:
             yield from records(path)
 
@@ -109,7 +112,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with _opened(path) as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(iter(lambda: stream.readline(MOST_BYTES + 1), b""), 1):
+                if len(line) > MOST_BYTES:
+                    raise _too_long(f"{path}:{number}")
                 yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and error.filename:  # the system refuses: permissions, a vanished file
@@ -118,6 +123,20 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             f"{path}:{number + 1}: the compressed file is truncated or damaged after line {number} ({error}); "
             "expected a whole file. Copy or download it again."
         ) from None
+
+
+def _whole(path: Path) -> bytes:
+    lines, size = [], 0
+    for _, line in _lines(path):
+        size += len(line)
+        if size > MOST_BYTES:
+            raise _too_long(str(path))
+        lines.append(line)
+    return b"".join(lines)
+
+
+def _too_long(where: str) -> InputError:
+    return InputError(f"{where}: longer than {MOST_BYTES >> 20} MiB; expected texts. Split it.")
 
 
 def _opened(path: Path) -> io.BufferedIOBase:

@@ -90,7 +90,7 @@ def create_views(
     columns  table -> column -> SQL type. `con` can still open files; see `confine`
     """
     found = listing(folder, [name for name in columns if name != "format"])
-    where = _prefix(con, folder)
+    where = _literal(_prefix(con, folder))
     files = {table: [f"{where}/{table}/{name}{SUFFIX}" for name in names] for table, names in found.items()}
     files["format"] = [f"{where}/{FORMAT_FILE}"]
     for table, types in columns.items():
@@ -106,9 +106,11 @@ def create_views(
         con.execute(f"CREATE VIEW {into}.{table} AS SELECT {distinct} {chosen} {source}")
 
 
-def confine(con: duckdb.DuckDBPyConnection, folder: Path | Url) -> None:
-    """From now on `con` opens nothing outside of the folder. It could still write into it: ask it questions only."""
-    con.execute(f"SET allowed_directories = [{_quoted(_prefix(con, folder))}]")
+def confine(con: duckdb.DuckDBPyConnection, *paths: Path | Url) -> None:
+    """From now on `con` opens nothing outside of these folders. It could still write into them: only ask questions."""
+    names = [_prefix(con, path) for path in paths if is_folder(path)]
+    allowed = ", ".join(_quoted(name) for name in dict.fromkeys((*names, *map(_literal, names))))
+    con.execute(f"SET allowed_directories = [{allowed}]")
     con.execute("SET enable_external_access = false")
 
 
@@ -121,6 +123,11 @@ def _prefix(con: duckdb.DuckDBPyConnection, folder: Path | Url) -> str:
     if guarded.protocol not in con.list_filesystems():
         con.register_filesystem(guarded)
     return f"{guarded.protocol}://"
+
+
+def _literal(name: str) -> str:
+    """A name that DuckDB takes as it is, not as a pattern for the names of other files."""
+    return re.sub(r"[*?\[]", lambda found: f"[{found[0]}]", name)
 
 
 def _quoted(text: str) -> str:

@@ -43,6 +43,10 @@ def check(sql: str) -> str:
     workbench.errors.InputError: DROP is refused: ...
     """
     try:
+        sql.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"Character {error.start + 1} of the query is not Unicode text; type it anew.") from None
+    try:
         statements = duckdb.extract_statements(sql)
     except duckdb.Error as error:
         raise InputError(message(error)) from error

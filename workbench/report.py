@@ -24,7 +24,7 @@ from plotly.offline import get_plotlyjs
 import workbench
 from workbench import analysis, figures
 from workbench.errors import InputError
-from workbench.export import harmless
+from workbench.export import harmless, quoting
 from workbench.output import new_file
 from workbench.questions import Question, sections
 from workbench.tracefile import Trace
@@ -112,7 +112,7 @@ def answer(trace: Trace, question: Question, drawn: dict[str, Any]) -> dict[str,
     name = "-".join([question.name, *([question.arguments["by"]] if "by" in question.arguments else [])])
     csv = ""
     if len(frame) <= MOST_EMBEDDED:
-        text = harmless(frame).to_csv(index=False, float_format="%.6g")
+        text = harmless(frame).to_csv(index=False, float_format="%.6g", quoting=quoting(frame))
         csv = "data:text/csv;charset=utf-8;base64," + base64.b64encode(text.encode()).decode()
     drawn[f"plot-{name}"] = json.loads(figure.to_json() or "")
     rows = question.pick(frame) if question.pick else frame
@@ -257,7 +257,11 @@ def commands(trace: Trace, facts: dict[Any, Any], out: Path) -> str:
             parts += ["--corpus", str(name)]
         if present(facts["dtype"]):
             parts += ["--dtype", str(facts["dtype"])]
-        parts += ["--record", ",".join(sorted(trace.recorded)), "--run", trace.run, "--out", trace.path.name]
+        if trace.counted:
+            parts += ["--counts-by", ",".join(corpus.get("group") or ["seq"])]
+        else:
+            parts += ["--record", ",".join(sorted(trace.recorded))]
+        parts += ["--run", trace.run, "--out", trace.path.name]
         for key, option in {
             "max_length": "--max-length",
             "long_texts": "--long",
@@ -265,8 +269,6 @@ def commands(trace: Trace, facts: dict[Any, Any], out: Path) -> str:
         }.items():
             if present(corpus.get(key)):
                 parts += [option, str(corpus[key])]
-        if corpus.get("group"):
-            parts += ["--group", ",".join(corpus["group"])]
         if corpus.get("generate"):
             parts += ["--generate", str(corpus["generate"])]
         lines.append(shlex.join(parts))

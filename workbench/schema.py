@@ -26,6 +26,7 @@ import os
 import re
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -127,6 +128,8 @@ MEMORY = "WORKBENCH_MEMORY"
 # Every read-only connection of a process has these same settings, because DuckDB shares one instance among connections
 # to the same file and refuses a second one that is configured differently.
 _CONFINED = {"enable_external_access": "false", "python_enable_replacements": "false"}
+_INTERRUPTED = "Query interrupted"
+"""What Ctrl-C while DuckDB works comes out of it as, in a RuntimeError."""
 _BUSY = re.compile(r"set lock on file|different configuration|already attached|unique file handle", re.IGNORECASE)
 
 
@@ -153,10 +156,14 @@ def reading(path: str | os.PathLike, *, wait: float = READ_WAIT) -> Iterator[duc
     except duckdb.Error as error:
         if is_folder(there := located(path)):
             raise InputError(folder.why_not(there, columns(), error)) from error
-        if not isinstance(error, duckdb.IOException):
+        if not (isinstance(error, duckdb.IOException) or "Corrupt database file" in str(error)):
             raise
         # a part of the file that only this question needed is lost
         raise InputError(_why_not(Path(path), error)) from error
+    except RuntimeError as error:
+        if str(error) != _INTERRUPTED:
+            raise
+        raise KeyboardInterrupt from error
     finally:
         con.close()
 
@@ -167,6 +174,10 @@ def writing(path: str | os.PathLike, *, wait: float) -> Iterator[duckdb.DuckDBPy
     con = connect(path, read_only=False, wait=wait)
     try:
         yield con
+    except RuntimeError as error:
+        if str(error) != _INTERRUPTED:
+            raise
+        raise KeyboardInterrupt from error
     finally:
         con.close()
 
@@ -203,12 +214,18 @@ def _open(path: Path, read_only: bool, wait: float) -> duckdb.DuckDBPyConnection
 
 
 @contextmanager
-def copying(path: str | os.PathLike, *, wait: float = READ_WAIT) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection that reads the trace at `path` and can write other files: for our own COPY, not a user's SQL."""
+def copying(path: str | os.PathLike, out: Path, *, wait: float = READ_WAIT) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection that reads the trace at `path` and can write `out`, a file or what is in that folder: for our own
+    COPY, not a user's SQL. It can touch nothing else, since the views and macros in a trace are somebody else's SQL."""
     con = in_memory()
     try:
         attach(con, path, "trace", wait=wait)
         con.execute("USE trace")
+        if out.is_dir():
+            folder.confine(con, located(path), out)
+        else:
+            con.execute(f"SET allowed_paths = [{quoted(out.absolute())}]")
+            folder.confine(con, located(path))
         yield con
     finally:
         con.close()
@@ -226,8 +243,8 @@ def attach(con: duckdb.DuckDBPyConnection, path: str | os.PathLike, name: str, *
 
 
 def in_memory() -> duckdb.DuckDBPyConnection:
-    """A connection to no file; what goes beyond its memory goes to the system's temporary folder."""
-    temporary: dict[str, Any] = {"temp_directory": os.path.join(tempfile.gettempdir(), f"workbench.{os.getpid()}")}
+    """A connection to no file; what goes beyond its memory goes to a temporary folder that others can't read."""
+    temporary: dict[str, Any] = {"temp_directory": os.path.join(_temporary(os.getpid()).name, uuid.uuid4().hex)}
     con = duckdb.connect(config={"python_enable_replacements": "false"} | temporary | limits())
     con.execute("SET enable_progress_bar = false")
     return con
@@ -248,6 +265,12 @@ def _connect_folder(path: Path | Url) -> duckdb.DuckDBPyConnection:
         con.close()
         raise
     return con
+
+
+@cache
+def _temporary(process: int) -> tempfile.TemporaryDirectory:
+    """A folder of this process, until it ends."""
+    return tempfile.TemporaryDirectory(prefix=f"workbench.{process}.", ignore_cleanup_errors=True)
 
 
 @cache

@@ -19,7 +19,7 @@ import numpy as np
 
 from workbench.chat import Rendered, render
 from workbench.corpus import Corpus, Row
-from workbench.errors import InputError
+from workbench.errors import InputError, RunError
 
 LongTexts = Literal["refuse", "split", "cut"]
 
@@ -27,6 +27,8 @@ TEMPLATE, PROMPT = 0, 1
 
 CHUNK_ROWS = 256
 CHUNK_CHARACTERS = 1_000_000
+WINDOW = 2048
+"""Sequences that batches are planned from."""
 WINDOW_TOKENS = 2_000_000
 """Most tokens a batching window holds, so that very long sequences don't fill the memory."""
 
@@ -63,6 +65,8 @@ class Survey:
     """Tokens of the longest sequence."""
     fingerprint: str
     """SHA-256 hex digest over the texts' digests, the token ids and the phases."""
+    marks: tuple[bytes, ...] = ()
+    """The digest after each window of sequences, for `unchanged`."""
 
 
 def sequences(
@@ -126,18 +130,46 @@ def sequences(
 def survey(found: Iterable[Sequence]) -> Survey:
     """Go through all sequences once: their number, their tokens, and a fingerprint. Raises what reading them raises."""
     n_sequences = n_tokens = longest = 0
-    digest = hashlib.sha256()
-    for sequence in found:
-        n_sequences += 1
-        n_tokens += len(sequence.token_ids)
-        longest = max(longest, len(sequence.token_ids))
-        digest.update(f"{sequence.sha256} {len(sequence.token_ids)} ".encode())
-        digest.update(sequence.token_ids.astype("<i4", copy=False).tobytes())
-        digest.update(sequence.phase.tobytes())
-    return Survey(n_sequences, n_tokens, longest, digest.hexdigest())
+    digest, marks = hashlib.sha256(), []
+    for members in _windows(found, WINDOW):
+        for sequence in members:
+            n_sequences += 1
+            n_tokens += len(sequence.token_ids)
+            longest = max(longest, len(sequence.token_ids))
+            _add(digest, sequence)
+        marks.append(digest.digest())
+    return Survey(n_sequences, n_tokens, longest, digest.hexdigest(), tuple(marks))
 
 
-def batches(found: Iterable[Sequence], batch_tokens: int, window: int = 2048) -> Iterator[list[Sequence]]:
+def unchanged(found: Iterable[Sequence], plan: Survey, name: str) -> Iterator[Sequence]:
+    """The sequences of a second pass over the corpus `name`. RunError if they aren't those that `plan` is of, before
+    the window (see `batches`) with the first that isn't."""
+    digest, marks, n = hashlib.sha256(), iter(plan.marks), 0
+    for members in _windows(found, WINDOW):
+        for sequence in members:
+            _add(digest, sequence)
+        if digest.digest() != next(marks, None):
+            raise _changed(name, f"some of the {len(members):,} texts from number {n:,} on")
+        n += len(members)
+        yield from members
+    if next(marks, None) is not None:
+        raise _changed(name, f"those after {n:,} texts")
+
+
+def _add(digest: Any, sequence: Sequence) -> None:
+    digest.update(f"{sequence.sha256} {len(sequence.token_ids)} ".encode())
+    digest.update(sequence.token_ids.astype("<i4", copy=False).tobytes())
+    digest.update(sequence.phase.tobytes())
+
+
+def _changed(name: str, which: str) -> RunError:
+    return RunError(
+        f"the corpus {name} was changed while it was read: {which} are not as they were when the run began. What was "
+        "written is of the texts as they were: put them back and use --resume, or trace the new ones as a new run."
+    )
+
+
+def batches(found: Iterable[Sequence], batch_tokens: int, window: int = WINDOW) -> Iterator[list[Sequence]]:
     """Group sequences of similar length, so that little is padded; see `plan`.
 
     Each window of consecutive sequences (at most `window` of them, and about 2 million tokens) is grouped by itself.

@@ -57,6 +57,8 @@ def sequence_mask(trace: Trace, text: str) -> np.ndarray:
 
 def conditions(trace: Trace, text: str) -> list[tuple[str, str, str]]:
     """Name, sign and value of each condition."""
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise InputError(f"{text!r} is not Unicode text: type it anew.")
     found = [CONDITION.fullmatch(part) for part in NEXT.split(text.strip())]
     for part, condition in zip(NEXT.split(text.strip()), found, strict=True):
         if condition is None:

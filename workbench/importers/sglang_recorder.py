@@ -78,7 +78,9 @@ def counted(path: Path) -> np.ndarray:
     table = held.get("logical_count") if isinstance(held, dict) else held
     if not isinstance(table, torch.Tensor) or table.ndim != 3 or table.is_floating_point() or table.is_complex():
         raise InputError(f"{path}: no logical_count of whole numbers (steps, layers, experts).")
-    counts = table.to_dense().numpy()
+    if table.layout != torch.strided or table.untyped_storage().nbytes() < table.numel() * table.element_size():
+        raise InputError(f"{path}: logical_count of shape {tuple(table.shape)} is more than the file holds.")
+    counts = table.numpy()
     if not counts.size or counts.min() < 0:
         raise InputError(f"{path}: logical_count of shape {counts.shape} holds nothing, or numbers below 0.")
     counts = counts[counts.any(axis=(1, 2))]

@@ -27,6 +27,9 @@ from workbench.errors import InputError
 from workbench.importers.documents import decoded, documents, first_line, npy, number, part
 from workbench.importers.text import Text, integers, token_ids
 
+MOST_BYTES = 1 << 30
+"""Of an unpacked member of an archive: a small file may unpack to fill the memory."""
+
 
 def texts(files: Sequence[Path]) -> Iterator[Text]:
     """One text a completion, as it is read. InputError for one without routing, or that isn't as described."""
@@ -52,6 +55,10 @@ def _members(path: Path) -> Iterator[Text]:
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
+                if (size := archive.getinfo(name).file_size) > MOST_BYTES:
+                    raise InputError(
+                        f"{path}[{name}] takes {size:,} bytes; expected at most {MOST_BYTES:,}. Save it as a .npy file."
+                    )
                 where = f"{path}[{name.removesuffix('.npy')}]"
                 array = npy(where, archive.read(name))
                 yield Text(where, integers(where, "the array", array, 3), fields={"source": path.name})
