@@ -7,7 +7,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # 256 tokens are the context that the demonstration model was trained with.
 TRACE := --record ids,weights,entropy,margin,profiles --max-length 256 --long split
 
-.PHONY: demo demo-full screenshot docs test test-all lint format bench setup vllm-env browser lock clean
+.PHONY: demo demo-full screenshot docs test test-all test-vllm lint format bench setup vllm-env browser lock clean
 
 setup: $(READY)
 
@@ -83,6 +83,10 @@ test-all: setup browser lint
 	$(LIBRARY)
 	$(INTERPRETED)
 	$(PAGES)
+
+# The tests that really run vLLM, in the environment that vllm-env makes.
+test-vllm: setup vllm-env
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engines/test_vllm.py -m slow
 
 format: setup
 	$(BIN)/ruff check --fix .
