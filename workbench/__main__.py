@@ -4,8 +4,11 @@ import os
 import re
 import sys
 
-_NO_MEMORY = re.compile(r"can(no|')t allocate memory|failed to map segment|can't start new thread", re.IGNORECASE)
-"""What torch, the system, the loader of libraries and Python say."""
+_NO_MEMORY = re.compile(
+    r"can(no|')t allocate memory|failed to map segment|can't start new thread|resource temporarily unavailable",
+    re.IGNORECASE,
+)
+"""What torch, the system, the loader of libraries, Python and Rust say."""
 
 
 def main() -> None:
@@ -25,7 +28,7 @@ def main() -> None:
     except BrokenPipeError:  # `workbench query … | head`
         sys.stderr.close()
         sys.exit(0)
-    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+    except BaseException as error:  # Rust's panics are no Exceptions
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         _fail("memory ran out. Give the command more, or ask for less of it at once. What it had written is whole.", 1)

@@ -91,7 +91,7 @@ def run(quick: bool = False, trace: Path | None = None, model: str = "demo") -> 
             raise InputError(f"{trace}: no such file; leave --trace out to have one made.")
         if trace is None:
             size: dict[str, int] = {"n_tokens": 20_000, "n_layers": 4} if quick else {}
-            trace = made_up_trace(Path(folder) / "trace.duckdb", **size).path
+            trace = Path(str(made_up_trace(Path(folder) / "trace.duckdb", **size).path))
         return measure(trace, model, Path(folder) / "loads", repeats=1 if quick else 5, pages=PAGES)
 
 

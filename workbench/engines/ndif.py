@@ -111,7 +111,7 @@ def _check_running(name: str) -> None:
     import nnsight
 
     with contextlib.redirect_stderr(io.StringIO()):  # it says there that NDIF is down
-        found = nnsight.status(raw=True)
+        found: Any = nnsight.status(raw=True)
     if not found:
         raise InputError("NDIF can't be reached: is there a network? Try again later, or use --engine hf.")
     running = {one.get("repo_id") for one in found.get("deployments", {}).values()}
