@@ -76,6 +76,8 @@ def test_conditions(trace, text, tokens):
         ("lang=en,,de", "a value is missing"),
         ('lang="e', "not a quoted value.*Unterminated"),
         ('lang="e"n', "not a quoted value"),
+        ('lang="\\ud800"', "not Unicode text"),
+        ('token="\\udfff"', "not Unicode text"),
         ("phase=middle", f"phase is 'middle'; expected {', '.join(PHASES)}"),
         ("phase~gen", "patterns are for text, token and columns"),
         ("position=first", "position is 'first'; expected a number"),

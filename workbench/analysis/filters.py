@@ -57,8 +57,7 @@ def sequence_mask(trace: Trace, text: str) -> np.ndarray:
 
 def conditions(trace: Trace, text: str) -> list[tuple[str, str, str]]:
     """Name, sign and value of each condition."""
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise InputError(f"{text!r} is not Unicode text: type it anew.")
+    check_unicode(text)
     found = [CONDITION.fullmatch(part) for part in NEXT.split(text.strip())]
     for part, condition in zip(NEXT.split(text.strip()), found, strict=True):
         if condition is None:
@@ -67,6 +66,12 @@ def conditions(trace: Trace, text: str) -> list[tuple[str, str, str]]:
                 f"'lang=de,fr & phase=prompt'. {names(trace.sequences())}"
             )
     return [(one[1], one[2], one[3]) for one in found if one is not None]
+
+
+def check_unicode(text: str) -> None:
+    """InputError for halves of characters, which pandas and DuckDB can't take."""
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise InputError(f"{text!r} is not Unicode text: type it anew.")
 
 
 def meets(trace: Trace, name: str, sign: str, given: str) -> np.ndarray:
@@ -200,11 +205,13 @@ def unquoted(name: str, value: str) -> str:
     if len(value) < 2 or not value.startswith('"'):
         return value
     try:
-        return str(json.loads(value, strict=False))
+        plain = str(json.loads(value, strict=False))
     except ValueError as error:
         raise InputError(
             f'{name}={value}: not a quoted value ({error}); expected "…", with \\" for a quote and \\\\ for \\ in it.'
         ) from error
+    check_unicode(plain)
+    return plain
 
 
 def pattern(name: str, given: str) -> re.Pattern:
