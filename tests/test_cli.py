@@ -245,6 +245,16 @@ def test_files_that_are_no_traces(bad_file: tuple[Path, str], workbench: Command
 # Reading commands
 
 
+def test_names_that_are_too_long(workbench: Command, folder: Path, file: Path, tmp_path: Path):
+    name = "x" * 5_000
+    commands = [["info", name], ["validate", name], ["query", name, "SELECT 1"], ["merge", name, "--out", "t.duckdb"]]
+    commands += [["report", file, "--out", tmp_path / name], ["sample", file, "--out", name, "--sequences", "3"]]
+    commands += [tracing(folder, tmp_path / name), tracing(folder, tmp_path / "t.duckdb", corpus=name)]
+    for command in commands:
+        refused(workbench(*command), "xxx: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_info(workbench: Command, file: Path):
     facts = json.loads(workbench("info", file, "--json").out)
     assert [run["run"] for run in facts["runs"]] == ["one", "two"] and facts["format"] == 3

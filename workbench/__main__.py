@@ -1,5 +1,6 @@
 """`python -m workbench` and the `workbench` command."""
 
+import errno
 import os
 import re
 import sys
@@ -9,6 +10,9 @@ _NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 """What torch, the system, the loader of libraries, Python and Rust say."""
+
+_NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)
+"""A path that nobody can open, or this user can't: what a command was given, wherever it is noticed."""
 
 
 def main() -> None:
@@ -29,9 +33,15 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(0)
     except BaseException as error:  # Rust's panics are no Exceptions
+        if isinstance(error, OSError) and error.errno in _NO_SUCH_NAME and error.filename:
+            _fail(f"{_shortened(str(error.filename))}: {error.strerror}. Check the path.", 2)
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         _fail("memory ran out. Give the command more, or ask for less of it at once. What it had written is whole.", 1)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:100]}…{text[-50:]}"
 
 
 def _fail(message: str, code: int) -> None:

@@ -39,13 +39,13 @@ def located(path: str | os.PathLike) -> Path | Url:
 
 def is_folder(path: Path | Url) -> bool:
     """Whether it is a folder on this machine, or a URL."""
-    return isinstance(path, Url) or path.is_dir()
+    return isinstance(path, Url) or os.path.isdir(path)
 
 
 def exists(path: str | os.PathLike) -> bool:
     """Whether there may be a trace: a file or folder on this machine, or a URL, which is not asked."""
     there = located(path)
-    return isinstance(there, Url) or there.exists()
+    return isinstance(there, Url) or os.path.exists(there)
 
 
 def filesystem(path: Path | Url) -> "tuple[AbstractFileSystem, str]":

@@ -37,7 +37,7 @@ import duckdb
 
 from workbench import folder
 from workbench.errors import InputError
-from workbench.location import Url, is_folder, located
+from workbench.location import Url, exists, is_folder, located
 
 T = TypeVar("T")
 
@@ -192,7 +192,7 @@ def connect(path: str | os.PathLike, *, read_only: bool = True, wait: float = RE
             )
         return _connect_folder(there)
     path = Path(there)
-    if not path.exists():
+    if not exists(path):
         raise InputError(f"{path}: no such file. Write one with `workbench trace --out {path}`.")
     con = _open(path, read_only, wait)
     try:

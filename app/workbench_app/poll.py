@@ -24,7 +24,7 @@ const leaving = () => location.pathname === left.path && Date.now() - left.at < 
 
 export default function ({ data, setTriggerValue }) {
   const app = document.querySelector('[data-testid="stApp"]');
-  const idle = () => app.dataset.testScriptState === "notRunning";
+  const idle = () => app.dataset.testScriptState === "notRunning" && app.dataset.testConnectionState === "CONNECTED";
   const answered = new MutationObserver(() => { if (idle()) asked = 0; });
   answered.observe(app, { attributes: true, attributeFilter: ["data-test-script-state"] });
   const timer = setInterval(() => {
