@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import blocks
 import fsspec
@@ -386,6 +387,33 @@ def test_located(given, kind: type, text: str):
     found = located(given)
     assert isinstance(found, kind) and str(found) == text
     assert str(found / "c") == f"{text}/c" and located(str(found)) == found
+
+
+def test_a_filesystem_that_does_not_answer(workbench: Command, tmp_path: Path):
+    """Packages behind fsspec raise what they like: s3fs lets botocore's exceptions through, which are no OSErrors."""
+
+    class NoAnswer(Exception):
+        pass
+
+    class Silent(fsspec.AbstractFileSystem):
+        protocol = "silent"
+
+        def exists(self, path: str, **kwargs: Any) -> bool:
+            raise NoAnswer("nobody\nanswers")
+
+        def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+            self.exists(path)
+
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            self.exists(path)
+
+    fsspec.register_implementation("silent", Silent, clobber=True)
+    file = tmp_path / "a.duckdb"
+    write_file(file, GROUPS)
+    refused(workbench("info", "silent://there/trace"), "silent://there/trace can't be read: nobody.")
+    refused(workbench("merge", file, "--out", "silent://there/trace"), "silent://there/trace can't be read: nobody.")
+    with pytest.raises(RunError, match="silent://there/trace can't be written: nobody."):
+        parts.write_header("silent://there/trace", {"run": "a"}, LAYERS)
 
 
 def test_memory_from_the_environment(local: Path, monkeypatch, tmp_path: Path):

@@ -19,7 +19,7 @@ import duckdb
 from fsspec import AbstractFileSystem
 
 from workbench.errors import InputError
-from workbench.location import Url, filesystem, is_folder
+from workbench.location import Url, asking, filesystem, is_folder
 
 FORMAT_FILE = "format.parquet"
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
@@ -35,14 +35,12 @@ def listing(folder: Path | Url, tables: Iterable[str]) -> dict[str, list[str]]:
     InputError if the folder is no trace.
     """
     fs, root = filesystem(folder)
-    try:
+    with asking(folder):
         fs.invalidate_cache()
         if not fs.exists(f"{root}/{FORMAT_FILE}"):
             raise InputError(_no_trace(folder))
         committed = _names(fs, f"{root}/sequences")  # first: what is listed here was whole before
         found = {table: _names(fs, f"{root}/{table}") for table in tables}
-    except (OSError, ImportError) as error:
-        raise InputError(f"{folder} can't be read: {error}") from error
     return {table: sorted(names if table in HEADERS else names & committed) for table, names in found.items()} | {
         "sequences": sorted(committed)
     }
@@ -51,12 +49,11 @@ def listing(folder: Path | Url, tables: Iterable[str]) -> dict[str, list[str]]:
 def held(folder: Path | Url) -> list[str]:
     """Names of what is in a folder, sorted; none if there is no such folder."""
     fs, root = filesystem(folder)
-    try:
-        return sorted(entry.rsplit("/", 1)[-1] for entry in fs.ls(root, detail=False))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InputError(f"{folder} can't be read: {error}") from error
+    with asking(folder):
+        try:
+            return sorted(entry.rsplit("/", 1)[-1] for entry in fs.ls(root, detail=False))
+        except FileNotFoundError:
+            return []
 
 
 def _names(fs: AbstractFileSystem, folder: str) -> set[str]:

@@ -6,10 +6,12 @@ huggingface_hub, `memory://` is this process's memory. Their credentials come fr
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from workbench.errors import InputError
+from workbench.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -56,3 +58,21 @@ def filesystem(path: Path | Url) -> "tuple[AbstractFileSystem, str]":
         return url_to_fs(str(path) if isinstance(path, Url) else str(path.absolute()))
     except (ImportError, ValueError, OSError) as error:
         raise InputError(f"{path}: {error}. Expected a folder, or a URL of a filesystem that fsspec knows.") from error
+
+
+@contextmanager
+def asking(path: Path | Url, failure: type[InputError] | type[RunError] = InputError) -> Iterator[None]:
+    """Raises `failure`, with the reason, where the filesystem that `path` is on can't do what the block asks of it.
+
+    Behind a URL that is any exception, because the packages that fsspec calls raise their own.
+    """
+    verb = "read" if failure is InputError else "written"
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except Exception as error:
+        if not isinstance(path, Url) and not isinstance(error, OSError):
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise failure(f"{path} can't be {verb}: {reason.rstrip('.')}.") from error

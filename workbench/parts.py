@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from workbench import schema
 from workbench.errors import InputError, RunError
 from workbench.folder import FORMAT_FILE, HEADERS, PART, SUFFIX, held, listing
-from workbench.location import Url, filesystem, located
+from workbench.location import Url, asking, filesystem, located
 from workbench.run_rows import check_same, layer_rows, now, run_row
 from workbench.transaction import ROW_GROUP, Transaction
 
@@ -216,7 +216,8 @@ def _arrow_schemas() -> dict[str, pa.Schema]:
 
 @contextmanager
 def _writing(where: Path | Url) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise RunError(f"{where} can't be written: {schema.first_line(error)}.") from error
+    with asking(where, RunError):
+        try:
+            yield
+        except pa.ArrowException as error:
+            raise RunError(f"{where} can't be written: {schema.first_line(error)}.") from error

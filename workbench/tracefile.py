@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from workbench import schema
 from workbench.errors import InputError
-from workbench.location import filesystem, is_folder, located
+from workbench.location import asking, filesystem, is_folder, located
 from workbench.query import check
 from workbench.routing import NO_EXPERT
 from workbench.transaction import to_float
@@ -359,8 +359,11 @@ def info(path: str | os.PathLike) -> dict[str, Any]:
     for run in found:
         for name in ("recipe", "corpus", "versions"):
             run[name] = None if run[name] is None else json.loads(run[name])
-    fs, name = filesystem(located(path))
-    return {"file": str(path), "bytes": fs.du(name), "format": version, "runs": found}
+    where = located(path)
+    fs, name = filesystem(where)
+    with asking(where):
+        size = fs.du(name)
+    return {"file": str(path), "bytes": size, "format": version, "runs": found}
 
 
 _INFO = """
