@@ -357,6 +357,19 @@ def test_more_gpus_than_there_are_is_refused(cluster):
     assert engine._claim(3, 0.0).cpus * 3 <= (os.cpu_count() or 1) / 2 + 1e-3
 
 
+def test_a_cluster_that_does_not_answer(monkeypatch):
+    def init(*_: object, **__: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+
+    for name, double in {"is_initialized": lambda: False, "init": init, "shutdown": lambda: None}.items():
+        monkeypatch.setattr(ray, name, double)
+    with (
+        pytest.raises(RunError, match=r"Ray \(10.0.0.1:6379\) can't be used: .*RAY_AUTH_MODE=token"),
+        engine._cluster("10.0.0.1:6379"),
+    ):
+        pass
+
+
 def test_without_ray_the_extra_is_named(folder: Path, tmp_path: Path):
     code = (
         "import sys; sys.modules['ray'] = None; from workbench.__main__ import main; "

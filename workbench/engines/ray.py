@@ -58,6 +58,11 @@ SHARD_TOKEN_LAYERS = 5_000_000
 """Largest shard: parts of this size are read fastest."""
 START_SECONDS = 300.0
 """Within which all workers have to have their place in the cluster. Loading the model isn't counted."""
+TOKEN = (
+    " A cluster that `ray start` made asks for a token: set RAY_AUTH_MODE=token, and have the cluster's token in "
+    "~/.ray/auth_token or in RAY_AUTH_TOKEN."
+)
+"""Ray says of a missing token only that it failed to connect."""
 OBJECT_STORE = 256 << 20
 """Bytes of shards that Ray keeps in memory on one machine; beyond that they go to its temporary folder."""
 
@@ -221,7 +226,9 @@ def _cluster(address: str | None) -> Iterator[None]:
             with _quiet():
                 ray.init(where, log_to_driver=False, logging_level=logging.ERROR, **local)
         except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-            raise RunError(f"Ray ({where}) can't be used: {schema.first_line(error)}") from error
+            raise RunError(
+                f"Ray ({where}) can't be used: {schema.first_line(error).rstrip('.')}.{'' if own else TOKEN}"
+            ) from error
         yield
     finally:
         ray.shutdown()
