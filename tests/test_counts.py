@@ -256,7 +256,7 @@ def test_very_many_experts_leave_fewer_blocks(model: Model, texts, counted: Trac
 # Runs that break off.
 
 
-@pytest.mark.parametrize("group", ["seq", "lang"])
+@pytest.mark.parametrize("group", [pytest.param("seq", marks=pytest.mark.slow), "lang"])
 def test_a_run_that_breaks_off_keeps_whole_texts_and_is_finished(
     group, model: Model, texts, tmp_path: Path, monkeypatch
 ):

@@ -113,7 +113,7 @@ def test_killed_inside_a_transaction(folder: Path, tmp_path: Path):
     assert 0 < kept["between tables"] == kept["before commit"] < kept["after commit"] < N_TEXTS
 
 
-@pytest.mark.parametrize("group", ["seq", "lang,domain"])
+@pytest.mark.parametrize("group", [pytest.param("seq", marks=pytest.mark.slow), "lang,domain"])
 def test_a_run_that_counts_killed_inside_a_transaction(group: str, folder: Path, tmp_path: Path):
     """Totals are replaced in each transaction: it is either not there at all or whole, like rows."""
     options = ("--counts-by", group, "--batch-tokens", "512")

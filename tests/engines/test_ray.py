@@ -129,6 +129,7 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost_or_doubled(clus
     assert_same(one, two)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed(cluster, folder: Path, tmp_path: Path, workbench: Command):
     def interrupt(done: int, total: int) -> None:
         if done:

@@ -53,7 +53,7 @@ QUESTIONS: dict[str, Callable[[Trace], pd.DataFrame]] = {
 }
 
 
-def bench_scale(n_tokens: int = 500_000, *, repeats: int = 3) -> dict[str, Any]:
+def bench_scale(n_tokens: int = 600_000, *, repeats: int = 3) -> dict[str, Any]:
     """Write `n_tokens` × 16 layers × top-8 of 64 experts, with weights, entropy and margin, as parts; measure on them.
 
     Returns for `load` and `write` million token-layers a second (of `load` the best of `repeats`; ids and weights of
