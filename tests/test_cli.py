@@ -364,17 +364,18 @@ def test_analyze(name: str, workbench: Command, folder: Path, file: Path, tmp_pa
     options = [option.format(folder=folder) for option in OPTIONS.get(name, [])] + QUICK[name]
     looks_at = [file, "--run", "one"] if analysis.subject(analysis.find(name)[0]) == "trace" else [folder / "model"]
     command = ["analyze", name.replace("_", "-"), *looks_at, *options]
-    tables = [tmp_path / f"t{suffix}" for suffix in (".csv", ".parquet", ".tex")]
-    for table in tables:
-        result = workbench(*command, "--out", table)
-        assert result.code == 0 and table.stat().st_size > 0, result
-    csv, parquet = pd.read_csv(tables[0]), pd.read_parquet(tables[1])
-    assert len(csv) == len(parquet) > 0 and list(csv.columns) == list(parquet.columns)
-    assert "\\toprule" in tables[2].read_text()
-    html = tmp_path / "f.html"
-    assert workbench(*command, "--figure", html).code == 0
+    csv, parquet, tex, html = (tmp_path / f"x.{kind}" for kind in ("csv", "parquet", "tex", "html"))
+    results = [
+        workbench(*command, "--out", csv, "--figure", html),
+        workbench(*command, "--out", parquet),
+        workbench(*command, "--out", tex, "--json"),
+    ]
+    assert [result.code for result in results] == [0, 0, 0], results
+    table, same = pd.read_csv(csv), pd.read_parquet(parquet)
+    assert len(table) == len(same) == len(json.loads(results[2].out)) > 0
+    assert list(table.columns) == list(same.columns)
+    assert "\\toprule" in tex.read_text()
     assert "plotly" in html.read_text(encoding="utf-8").lower()
-    assert len(json.loads(workbench(*command, "--json").out)) == len(csv)
     refused(workbench(*command, "--figure", html), "exists", "--overwrite")
 
 
