@@ -92,6 +92,7 @@ def trace_some_texts(path: Path) -> None:
     ]
     record = ("ids", "weights", "entropy", "margin", "profiles")
     made = path.with_suffix(".partial")
+    made.unlink(missing_ok=True)  # of tests that were killed
     given = corpus.from_rows(rows, "texts")
     trace("demo", given, made, record=record, max_length=256, long_texts="split", progress=False)
     made.rename(path)

@@ -116,6 +116,22 @@ def test_sglang_brings_losses_and_words(tmp_path: Path):
     assert np.array_equal(nll, np.where(pos > 0, 0.5, np.nan), equal_nan=True)
 
 
+def test_sglang_names_the_tokens_of_one_answer_only(tmp_path: Path):
+    """Ids that no answer names have an empty text: a vocabulary has all ids or none."""
+    (path,) = dumps.sglang(tmp_path, DATA)
+    rows = json.loads(path.read_text())
+    for row in rows[1:]:
+        for name in ("input_token_logprobs", "output_token_logprobs"):
+            row["meta_info"][name] = [[*token[:2], None] for token in row["meta_info"][name]]
+    path.write_text(json.dumps(rows))
+    trace = import_routing("sglang", [path], tmp_path / "t.duckdb", **SIZES | NAMED | SHAPE)
+    assert validate(trace.path).empty
+    words = trace.vocabulary().set_index("token_id")["text"].to_dict()
+    named = set(DATA.ids[0].tolist())
+    assert words == {int(i): f"w{i}" if i in named else "" for i in np.concatenate(DATA.ids)}
+    assert "" in words.values()
+
+
 def test_sglang_without_numbers_of_tokens(tmp_path: Path):
     (path,) = dumps.sglang(tmp_path, DATA)
     rows = json.loads(path.read_text())

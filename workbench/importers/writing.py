@@ -64,6 +64,7 @@ def write(
         if gathered:
             writer.add_vocabulary(names.of(gathered))
             writer.append(_block(gathered, kept))
+        writer.add_vocabulary(names.rest())
         if k == 1:
             check_top_1(seen.tolist(), largest.tolist(), [numbers[layer] for layer in kept])
 
@@ -164,12 +165,16 @@ class _Names:
     def __init__(self, tokenizer: str | None):
         self._tokenizer = None if tokenizer is None else _tokenizer(tokenizer)
         self._known: set[int] = set()
+        self._seen: set[int] = set()
 
     def of(self, gathered: list[tuple[dict[str, Any], Text, np.ndarray]]) -> dict[int, str]:
         """The texts of ids that are new."""
         texts = [text for _, text, _ in gathered]
         if self._tokenizer is None:
-            return {i: word for text in texts for i, word in text.vocabulary.items()}
+            named = {i: word for text in texts for i, word in text.vocabulary.items()}
+            self._known |= named.keys()
+            self._seen |= {int(i) for text in texts if text.token_ids is not None for i in np.unique(text.token_ids)}
+            return named
         from workbench.tokenization import token_texts
 
         arrays = [ids for text in texts for ids in (text.token_ids, text.predictions) if ids is not None]
@@ -180,6 +185,10 @@ class _Names:
                 f"token id {max(found)} is none of the tokenizer's {len(self._tokenizer):,}: give that of the model."
             )
         return token_texts(self._tokenizer, sorted(found))
+
+    def rest(self) -> dict[int, str]:
+        """Empty texts for the ids that never had one, in a dump that names some: a vocabulary has all ids or none."""
+        return {i: "" for i in self._seen - self._known if i != UNKNOWN_TOKEN} if self._known else {}
 
 
 def _tokenizer(name: str) -> Any:
