@@ -82,6 +82,14 @@ def test_against_loop(runs, per):
     assert "What changed most" in findings(frame)[1]
 
 
+def test_a_sentence_is_text_and_a_label_is_escaped(runs):
+    (first, _), _ = runs
+    frame = token_changes(first, per="text", minimum=3, n_resamples=20).assign(lang="<b>", domain=None)
+    assert "(<b>)" in findings(frame)[1]
+    drawn = figure(frame).to_json()
+    assert "&lt;b&gt;" in drawn and "(<b>)" not in drawn
+
+
 def test_interval_against_drawing_texts(runs):
     (first, _), routed = runs
     row = token_changes(first, minimum=3, n_resamples=4000).set_index("token_id").loc[2]

@@ -172,12 +172,11 @@ def least(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def spelled(row: pd.Series) -> str:
-    """An id or a text for a label."""
+    """An id or a text."""
     if row["per"] == "text":
         about = " ".join(str(row[name]) for name in ("lang", "domain") if isinstance(row[name], str))
-        return figures.plain(f"text {row['seq']}" + (f" ({about})" if about else ""))
-    text = f"“{figures.plain(row['text'])}” · " if isinstance(row["text"], str) else ""
-    return f"{text}id {row['token_id']}"
+        return f"text {row['seq']}" + (f" ({about})" if about else "")
+    return (f"“{row['text']}” · " if isinstance(row["text"], str) else "") + f"id {row['token_id']}"
 
 
 def figure(frame: pd.DataFrame) -> Figure:
@@ -196,7 +195,7 @@ def figure(frame: pd.DataFrame) -> Figure:
     result.update_xaxes(range=[0, 1], tickformat=".0%", title="overlap of the experts of both runs", row=1, col=1)
     result.update_yaxes(title=noun, row=1, col=1)
     if len(top):
-        names = [spelled(row) for _, row in top.iterrows()]
+        names = [figures.plain(spelled(row)) for _, row in top.iterrows()]
         figures.dots(result, top["overlap"], names, top["low"], top["high"], panel=1)
     result.update_xaxes(title=f"overlap, {noun} that changed most", tickformat=".0%", row=2, col=1)
     result.update_yaxes(autorange="reversed", tickmode="linear", dtick=1, row=2, col=1)

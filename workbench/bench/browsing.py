@@ -52,6 +52,7 @@ _QUIET = """
 }
 """
 _DRAWN = """() => document.querySelector('[data-testid="stMain"]')?.innerText.trim()"""
+_IDLE = """() => !document.querySelector('[data-testid="stMain"] [data-testid="stProgress"]')"""
 _BUSY = """
 () => {
     const ids = [...document.querySelectorAll('[data-testid="stApp"] [data-testid], [data-stale="true"]')]
@@ -169,26 +170,28 @@ def settled(page: Page) -> float:
 
     RunError if that takes longer than PATIENCE.
     """
-    from playwright.sync_api import TimeoutError
-
     page.evaluate("window.__quiet = undefined")  # what was quiet before the last click doesn't count
-    try:
-        return page.wait_for_function(_QUIET, arg=SILENCE, timeout=PATIENCE * 1000).json_value()["since"]
-    except TimeoutError:
-        raise RunError(f"{page.url} did not settle in {PATIENCE:.0f} s: {page.evaluate(_BUSY)}") from None
+    return _until(page, _QUIET, SILENCE)["since"]
 
 
 def finished(page: Page) -> float:
-    """Wait until no background job of the page is left, and the page has settled; since when."""
+    """Wait until no background job of the page is left, and the page has settled; since when. RunError as above."""
     jobs = page.locator('[data-testid="stMain"] [data-testid="stProgress"]')
     while True:
         since = settled(page)
         if not jobs.count():
             return since
-        page.wait_for_function(
-            """() => !document.querySelector('[data-testid="stMain"] [data-testid="stProgress"]')""",
-            timeout=PATIENCE * 1000,
-        )
+        _until(page, _IDLE)
+
+
+def _until(page: Page, condition: str, argument: Any = None) -> Any:
+    from playwright.sync_api import TimeoutError
+
+    try:
+        return page.wait_for_function(condition, arg=argument, timeout=PATIENCE * 1000).json_value()
+    except TimeoutError:
+        state = f"{page.evaluate(_BUSY)}; {page.evaluate(_DRAWN)!r:.1000}"
+        raise RunError(f"{page.url} did not settle in {PATIENCE:.0f} s: {state}") from None
 
 
 def visit(page: Page, title: str) -> float:
