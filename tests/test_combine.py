@@ -196,7 +196,110 @@ def test_a_damaged_part_leaves_nothing_behind(file: Path, tmp_path: Path):
     assert left_over(tmp_path) == ["parts"]
 
 
+def test_an_old_trace_behind_a_url_stays_when_the_new_one_is_refused(file: Path, tmp_path: Path, monkeypatch):
+    url = f"memory://{tmp_path.name}/out"
+    merge([file], url)
+    before = rows_of(url)
+    with pytest.raises(InputError, match="no such file"):
+        merge([file, tmp_path / "nothing.duckdb"], url, overwrite=True)
+    with pytest.raises(InputError, match="to be read and to be replaced"):
+        merge([url], url, overwrite=True)
+    assert rows_of(url) == before
+
+    def full(*_: object) -> None:
+        raise RunError("disk full")
+
+    with monkeypatch.context() as patched, pytest.raises(RunError, match="disk full"):
+        patched.setattr(parts, "write_header", full)
+        merge([file], url, overwrite=True)
+    merge([file], url)  # nothing is left that would have to be overwritten
+    assert rows_of(url) == before
+
+
+def test_only_a_trace_is_replaced(file: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    merge([file], f"{out}/")
+    write_file(out / "mine.duckdb", GROUPS[:1])
+    for source in (file, out / "mine.duckdb"):
+        with pytest.raises(InputError, match="mine.duckdb, too, which would be lost"):
+            merge([source], out, overwrite=True)
+    assert Trace(out / "mine.duckdb").n_sequences == 5
+    (out / "mine.duckdb").unlink()
+    merge([out], out, overwrite=True)
+    assert rows_of(out) == rows_of(file)
+
+
+def test_a_link_to_a_folder_stays_a_link(file: Path, tmp_path: Path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    merge([file], tmp_path / "link")
+    assert left_over(tmp_path) == ["link", "real"] and (tmp_path / "link").is_symlink()
+    assert rows_of(tmp_path / "real") == rows_of(file)
+
+
+def test_the_log_of_a_replaced_file_goes_with_it(file: Path, tmp_path: Path):
+    """DuckDB would replay what a writer that died had left there."""
+    out = tmp_path / "out.duckdb"
+    for write in (lambda: merge([file], out, overwrite=True), lambda: sample(file, out, sequences=3, overwrite=True)):
+        write()
+        (tmp_path / "out.duckdb.wal").write_bytes(b"of another file")
+        write()
+        assert left_over(tmp_path) == ["out.duckdb"] and validate(out).empty
+
+
+def test_texts_of_tokens_that_clash(tmp_path: Path):
+    one, other = tmp_path / "one.duckdb", tmp_path / "other.duckdb"
+    write_file(one, GROUPS[:1])
+    write_file(other, GROUPS[1:2])
+
+    def rename(text: str) -> None:
+        with duckdb.connect(str(other)) as con:
+            con.execute("UPDATE vocabulary SET text = ? WHERE token_id = 3", [text])
+
+    rename("else")
+    for out in ("out.duckdb", "out/"):
+        with pytest.raises(InputError, match="token id 3 is 'else' in one trace and 't3' in another"):
+            merge([one, other], f"{tmp_path}/{out}")
+    rename("")  # nobody knew it there
+    for out in ("out.duckdb", "out/"):
+        merged = merge([other, one], f"{tmp_path}/{out}")
+        assert merged.vocabulary().set_index("token_id")["text"].to_dict() == blocks.VOCABULARY
+        assert validate(merged.path).empty
+
+
+def test_a_place_that_can_not_be_written_to(file: Path):
+    with pytest.raises(RunError, match="could not be written"):
+        merge([file], "/proc/x.duckdb")
+
+
 # --- split
+
+
+def test_a_run_without_sequences_is_in_the_first_file(tmp_path: Path):
+    whole = tmp_path / "whole.duckdb"
+    write_file(whole, GROUPS[:1])
+    write_file(whole, [], run=RUN | {"run": "empty"}, mode="append")
+    for name, options in (("by", {"by": "lang"}), ("parts", {"n_parts": 2})):
+        found = split(whole, tmp_path / name, **options)
+        files = [tmp_path / name / file for file in found["file"]]
+        assert set(Trace(files[0]).runs()["run"]) == {"made", "empty"} and set(Trace(files[1]).runs()["run"]) == {
+            "made"
+        }
+        assert rows_of(merge(files, tmp_path / f"{name}.duckdb").path) == rows_of(whole)
+    with pytest.raises(InputError, match="no sequence"):
+        split(whole, tmp_path / "none", run="empty", n_parts=1)
+
+
+def test_what_is_split_is_not_in_the_folder_that_is_replaced(file: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    split(file, out, n_parts=2)
+    with pytest.raises(InputError, match="which is to be written"):
+        split(out / "1.duckdb", out, n_parts=2, overwrite=True)
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="thesis.tex, too"):
+        split(file, out, n_parts=3, overwrite=True)
+    with pytest.raises(InputError, match="no name of its own"):
+        split(file, ".", n_parts=3, overwrite=True)
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

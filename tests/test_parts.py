@@ -379,6 +379,9 @@ def test_two_urls_in_one_question(tmp_path: Path):
         ("s3://bucket/a/", Url, "s3://bucket/a"),
         ("memory://x", Url, "memory://x"),
         ("file:///tmp/x", Path, "/tmp/x"),
+        ("FILE:///tmp/x", Path, "/tmp/x"),
+        ("local:///tmp/x", Path, "/tmp/x"),
+        ("S3://Bucket/a", Url, "s3://Bucket/a"),
         ("a/b.duckdb", Path, "a/b.duckdb"),
         (Url("s3://bucket/a"), Url, "s3://bucket/a"),
     ],
@@ -387,6 +390,11 @@ def test_located(given, kind: type, text: str):
     found = located(given)
     assert isinstance(found, kind) and str(found) == text
     assert str(found / "c") == f"{text}/c" and located(str(found)) == found
+
+
+def test_a_url_without_a_host_is_refused():
+    with pytest.raises(InputError, match="s3:///x: nothing between"):
+        located("s3:///x")
 
 
 def test_a_filesystem_that_does_not_answer(workbench: Command, tmp_path: Path):

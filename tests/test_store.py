@@ -243,6 +243,8 @@ def test_bad_expert_and_shape(tmp_path):
         (dict(experts=[[[0, 1]], [[2, 3]]], seq=[4, 2]), "seq falls at token 1"),
         (dict(sequences=pd.DataFrame({"seq": [5]})), "no row for sequence 0"),
         (dict(token_ids=[0.5]), "expected 1 integers"),
+        (dict(token_ids=[2**31]), "token_ids range from 2147483648 to 2147483648"),
+        (dict(token_ids=[-5]), "token_ids range from -5"),
         (dict(n_experts=[8, 8]), "n_experts names 2 layers"),
         (dict(n_experts=70_000), "expected 1 <= top_k <= n_experts"),
     ],

@@ -14,7 +14,7 @@ from workbench.routing import NO_EXPERT, Routing
 from workbench.schema import PHASES, UNKNOWN_TOKEN
 from workbench.store import Writer
 from workbench.tracefile import Trace
-from workbench.transaction import Block
+from workbench.transaction import Block, clean
 
 BLOCK_TOKENS = 16_384
 
@@ -70,6 +70,7 @@ def from_arrays(
     ]
     given = {"weights": gates, "predictions": predicted}
     recorded = ["ids", *(name for name, array in given.items() if array is not None)]
+    run = clean(run) or ""  # as it will be in the trace
     header = {"run": run, "engine": "arrays", "recorded": recorded}
     with Writer(out, header, layers, mode="overwrite" if overwrite and Path(out).exists() else "new") as writer:
         writer.add_vocabulary(vocabulary or {})
@@ -147,6 +148,8 @@ def _token_ids(name: str, token_ids: npt.ArrayLike, n_tokens: int) -> np.ndarray
     given = np.asarray(token_ids)
     if given.shape != (n_tokens,) or given.dtype.kind not in "iu":
         raise InputError(f"{name} is {given.dtype} of shape {given.shape}; expected {n_tokens} integers.")
+    if n_tokens and (given.min() < UNKNOWN_TOKEN or given.max() > np.iinfo(np.int32).max):
+        raise InputError(f"{name} range from {given.min()} to {given.max()}; expected 0 to {np.iinfo(np.int32).max:,}.")
     return given
 
 

@@ -22,7 +22,7 @@ from workbench import parts, schema
 from workbench.errors import InputError, RunError
 from workbench.folder import FORMAT_FILE, held
 from workbench.location import Url, located
-from workbench.output import new_file, new_folder
+from workbench.output import LOCK, new_file, new_folder
 from workbench.run_rows import SAME
 from workbench.tracefile import Trace
 from workbench.transaction import as_json, insert_rows
@@ -61,17 +61,19 @@ def merge(
     Runs of one name become one run. They have to agree in model, engine, number format, recipe, layers and in what they
     recorded, and no sequence may have the number of another. It is finished if all of them are; of `corpus` and
     `versions` it keeps what they say alike, and `corpus` has all that they said under `merged`. InputError if that
-    can't be done, for two runs of one name that count, and if `out` exists; then nothing is written.
+    can't be done, for two runs of one name that count, and if `out` exists; then nothing is written. Where `out` is a
+    URL, an old trace is gone once writing begins.
     """
     if not traces:
         raise InputError("nothing to merge: name at least one trace.")
     if os.fspath(out).endswith("/") or isinstance(located(out), Url) or Path(out).is_dir():
-        with _folder_out(out, overwrite) as folder, working() as con:
-            runs = attached(con, traces, renumber)
-            for name, run in runs.items():
-                _write_parts(con, folder, name, run)
-            for run in runs.values():  # last: until then a URL is no trace
-                parts.write_header(folder, run.row, run.layers)
+        with working() as con:
+            runs = attached(con, traces, renumber)  # before anything is replaced
+            with _folder_out(out, overwrite, traces) as folder:
+                for name, run in runs.items():
+                    _write_parts(con, folder, name, run)
+                for run in runs.values():  # last: until then a URL is no trace
+                    parts.write_header(folder, run.row, run.layers)
     else:
         with file_out(out, overwrite) as con:
             runs = attached(con, traces, renumber)
@@ -106,6 +108,7 @@ def attached(
             _renumber(con, name, run)
         else:
             _check_numbers(con, name, run, traces)
+        _check_texts(con, name, run)
     return dict(sorted(runs.items(), key=lambda item: (item[1].row["started"], item[0])))
 
 
@@ -170,6 +173,19 @@ def _check_numbers(con: duckdb.DuckDBPyConnection, name: str, run: Run, traces: 
         )
 
 
+def _check_texts(con: duckdb.DuckDBPyConnection, name: str, run: Run) -> None:
+    """InputError if traces have different texts for one token id of the run."""
+    every = " UNION ALL ".join(
+        f"SELECT token_id, text FROM {source}.vocabulary WHERE run = $run AND text <> ''" for source in run.sources
+    )
+    query = f"SELECT token_id, min(text), max(text) FROM ({every}) GROUP BY ALL HAVING min(text) <> max(text) LIMIT 1"
+    for token_id, one, other in con.execute(query, {"run": name}).fetchall():
+        raise InputError(
+            f"run {name!r}: token id {token_id} is {one!r} in one trace and {other!r} in another, so they come from "
+            "different tokenizers. Give the runs different names: `workbench trace --run NAME`."
+        )
+
+
 # --- writing
 
 
@@ -190,28 +206,39 @@ def file_out(out: str | os.PathLike, overwrite: bool) -> Iterator[duckdb.DuckDBP
     """A connection to an empty trace, which gets the name `out` when the block ends well."""
     with new_file(out, overwrite) as partial:
         try:
-            schema.create(partial)
+            try:
+                schema.create(partial)
+            except duckdb.Error as error:
+                raise RunError(f"{out} could not be written: {schema.first_line(error)}") from error
             with working(partial) as con:
                 yield con
                 con.execute("CHECKPOINT")  # closing would say nothing of a full disk
+            Path(f"{out}.wal").unlink(missing_ok=True)  # of the file that is replaced
         finally:
             partial.with_name(f"{partial.name}.wal").unlink(missing_ok=True)
 
 
 @contextmanager
-def _folder_out(out: str | os.PathLike, overwrite: bool) -> Iterator[Path | Url]:
-    """Where to write parts."""
+def _folder_out(out: str | os.PathLike, overwrite: bool, traces: Sequence[str | os.PathLike]) -> Iterator[Path | Url]:
+    """Where to write parts of these traces."""
     where = located(out)
     if isinstance(where, Path):
         empty = where.is_dir() and not any(where.iterdir())
-        with new_folder(where, overwrite or empty, marker=FORMAT_FILE) as folder:
+        contents = (FORMAT_FILE, *schema.TABLES, LOCK)
+        with new_folder(where, overwrite or empty, marker=FORMAT_FILE, contents=contents) as folder:
             yield folder
         return
     found = held(where)
     if found and not (overwrite and FORMAT_FILE in found):
         raise InputError(f"{where} is not empty; choose another name, or replace a trace with --overwrite.")
+    if where in map(located, traces):
+        raise InputError(f"{where} is to be read and to be replaced; choose another name.")
     parts.remove(where)
-    yield where
+    try:
+        yield where
+    except BaseException:
+        parts.remove(where)
+        raise
 
 
 def write_runs(con: duckdb.DuckDBPyConnection, runs: Mapping[str, Run]) -> None:
@@ -233,7 +260,7 @@ def _copy_rows(con: duckdb.DuckDBPyConnection, runs: Mapping[str, Run]) -> None:
     con.execute("SET preserve_insertion_order = false")
     sources = dict.fromkeys(source for run in runs.values() for source in run.sources)
     every = " UNION ALL ".join(f"SELECT run, token_id, text FROM {source}.vocabulary" for source in sources)
-    con.execute(f"INSERT INTO vocabulary SELECT DISTINCT * FROM ({every})")
+    con.execute(f"INSERT INTO vocabulary SELECT run, token_id, max(text) FROM ({every}) GROUP BY ALL")
     for source in sources:
         added = {name: run.sources[source] for name, run in runs.items() if run.sources.get(source)}
         for table in ROWS:

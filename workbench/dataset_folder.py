@@ -52,7 +52,11 @@ def export_dataset(
     if not trace.n_sequences:
         raise InputError(f"run {trace.run!r} has no text.")
     ranges = _ranges(trace)
-    with new_folder(out, overwrite, marker="README.md") as folder, schema.copying(path, folder) as con:
+    contents = ("README.md", "data", "layers")
+    with (
+        new_folder(out, overwrite, marker="layers/train.parquet", contents=contents) as folder,
+        schema.copying(path, folder) as con,
+    ):
         try:
             (folder / "data").mkdir()
             (folder / "layers").mkdir()

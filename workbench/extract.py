@@ -10,7 +10,8 @@ trace. The same question writes the same rows again.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -22,7 +23,7 @@ from workbench.analysis.counting import as_label, column
 from workbench.combine import ROWS, attached, columns, file_out, write_runs
 from workbench.errors import InputError, not_negative
 from workbench.location import located
-from workbench.output import new_folder
+from workbench.output import LOCK, new_folder
 from workbench.tracefile import Trace
 from workbench.transaction import as_json
 
@@ -48,31 +49,36 @@ def split(
     run      of this run only; None for all
 
     Returns a row a file: value (of the column; or the number of the part, from 1), file, sequences, tokens; so does
-    `split.json` in the folder. Each file has the whole vocabulary of its runs. InputError if the folder exists, and for
+    `split.json` in the folder. Each file has the whole vocabulary of its runs; the first one has the runs without any
+    sequence, too. InputError if the folder exists, and for
     a run that counts, whose pairs of experts can't be taken apart.
     """
     if (by is None) == (n_parts is None):
         raise InputError("split by a column or into a number of parts: give one of the two.")
     with schema.reading(path) as con:
         names = [row["run"] for row in schema.runs(con)] if run is None else [schema.find_run(con, located(path), run)]
-    frames = []
-    for name in names:
-        trace = Trace(path, name)
-        sequences = _sequences(trace)
-        value = _numbered(len(sequences), n_parts or 0, name) if by is None else column(sequences, by).map(as_label)
-        frames.append(sequences[["seq", "n_tokens"]].assign(run=name, value=value))
+    frames = [_sequences(Trace(path, name)).assign(run=name) for name in names]
+    empty = [name for name, frame in zip(names, frames, strict=True) if frame.empty]
+    frames = [frame for frame in frames if not frame.empty]
     if not frames:
-        raise InputError(f"{path} holds no run, so there is nothing to split.")
+        raise InputError(f"{path} holds no sequence, so there is nothing to split.")
     chosen = pd.concat(frames, ignore_index=True)
+    if by is None:
+        chosen["value"] = np.concatenate([_numbered(len(one), n_parts or 0, one["run"].iloc[0]) for one in frames])
+    else:
+        chosen["value"] = column(chosen, by).map(as_label)
     groups = list(chosen.groupby("value", dropna=False))
     if len(groups) > MOST_FILES:
         raise InputError(f"{by or 'n_parts'} makes {len(groups):,} files; expected at most {MOST_FILES:,}.")
     rows: list[dict[str, Any]] = []
-    with new_folder(located(out), overwrite, marker=INDEX) as folder:
+    where = Path(located(out))
+    if where.resolve() in Path(located(path)).resolve().parents:
+        raise InputError(f"{path} is in the folder {where}, which is to be written; choose another name.")
+    with new_folder(where, overwrite, marker=INDEX, contents=(INDEX, "*.duckdb", LOCK)) as folder:
         for value, group in groups:
             name = _file_name(value, {row["file"] for row in rows})
             with file_out(folder / name, False) as con:
-                _extract(con, path, group)
+                _extract(con, path, group, with_runs=[] if rows else empty)
             known = None if pd.isna(value) else value
             rows.append({"value": known, "file": name, "sequences": len(group), "tokens": int(group["n_tokens"].sum())})
         said = json.dumps({"by": by, "files": rows}, ensure_ascii=False, indent=1)
@@ -161,18 +167,25 @@ def _file_name(value: Any, taken: set[str]) -> str:
 
 
 def _extract(
-    con: duckdb.DuckDBPyConnection, path: str | os.PathLike, chosen: pd.DataFrame, note: Mapping[str, Any] | None = None
+    con: duckdb.DuckDBPyConnection,
+    path: str | os.PathLike,
+    chosen: pd.DataFrame,
+    note: Mapping[str, Any] | None = None,
+    with_runs: Iterable[str] = (),
 ) -> None:
-    """Write these sequences (columns run, seq) of the trace at `path`; `note` goes into what `corpus` says."""
-    wanted = set(chosen["run"])
+    """Write these sequences (columns run, seq) of the trace at `path`, and these runs without sequences; `note` goes
+    into what `corpus` says."""
+    wanted = {*chosen["run"], *with_runs}
     runs = {name: run for name, run in attached(con, [path]).items() if name in wanted}
     for run in runs.values() if note else ():
         run.row["corpus"] = as_json(json.loads(run.row["corpus"] or "{}") | note)
     write_runs(con, runs)
+    con.execute("INSERT INTO vocabulary FROM t0.vocabulary WHERE list_contains(?, run)", [sorted(wanted)])
     con.register("chosen", chosen[["run", "seq"]])
-    for table in (*ROWS, "vocabulary"):
+    for table in ROWS:
         names = ", ".join(columns(con, "t0", table))
-        key = "run, seq" if table != "vocabulary" else "run"
         if names and table != "pairs":
-            con.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM t0.{table} SEMI JOIN chosen USING ({key})")
+            con.execute(
+                f"INSERT INTO {table} ({names}) SELECT {names} FROM t0.{table} SEMI JOIN chosen USING (run, seq)"
+            )
     con.unregister("chosen")

@@ -99,8 +99,11 @@ def create_views(
         else:
             source = "WHERE false"
             chosen = ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in types.items())
-        distinct = "DISTINCT" if table == "vocabulary" else ""  # each part brings the texts of its tokens
-        con.execute(f"CREATE VIEW {into}.{table} AS SELECT {distinct} {chosen} {source}")
+        view = f"SELECT {chosen} {source}"
+        if table == "vocabulary":  # each part brings the texts of its tokens, those of imports some of them only
+            named = "text <> '' OR max(text) OVER (PARTITION BY run, token_id) = ''"
+            view = f"SELECT DISTINCT * FROM ({view}) QUALIFY {named}"
+        con.execute(f"CREATE VIEW {into}.{table} AS {view}")
 
 
 def confine(con: duckdb.DuckDBPyConnection, *paths: Path | Url) -> None:

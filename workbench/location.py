@@ -32,11 +32,20 @@ class Url(PurePosixPath):
 
 
 def located(path: str | os.PathLike) -> Path | Url:
-    """A Url for what begins with a scheme, else a Path; `file://` is this machine."""
+    """A Url for what begins with a scheme, else a Path; `file://` and `local://` are this machine.
+
+    InputError for a URL without a host or bucket (`s3:///x`): what follows would be taken for one.
+    """
     text = os.fspath(path)
-    if text.startswith("file://"):
-        return Path(text.removeprefix("file://"))
-    return Url(text) if _SCHEME.match(text) else Path(text)
+    found = _SCHEME.match(text)
+    if not found:
+        return Path(text)
+    scheme, rest = found[0].lower(), text[found.end() :]
+    if scheme in ("file://", "local://"):
+        return Path(rest)
+    if rest.startswith("/"):
+        raise InputError(f"{text}: nothing between :// and /; expected a host or bucket there.")
+    return Url(scheme + rest)
 
 
 def is_folder(path: Path | Url) -> bool:

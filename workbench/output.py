@@ -3,11 +3,15 @@
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from workbench.errors import InputError, RunError
+
+LOCK = ".*.lock"
+"""What writers leave beside a file."""
 
 
 @contextmanager
@@ -34,19 +38,28 @@ def new_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike, overwrite: bool = False, *, marker: str = "config.json") -> Iterator[Path]:
+def new_folder(
+    path: str | os.PathLike, overwrite: bool = False, *, marker: str = "config.json", contents: Collection[str] = ("*",)
+) -> Iterator[Path]:
     """A folder beside `path` to write into; renamed to `path` when the block ends well, deleted when it doesn't.
 
     InputError, before the block, if `path` exists and `overwrite` isn't given, or its parent isn't a folder. Only a
-    folder that holds the file `marker`, or nothing, is ever replaced.
+    folder that holds the file `marker`, and nothing but what fits a pattern of `contents`, or nothing, is ever
+    replaced.
     """
-    path = Path(path)
+    if not Path(path).name:
+        raise InputError(f"{str(path)!r} has no name of its own; give that of a folder that isn't there yet.")
+    path = Path(path).resolve()  # the folder behind a link, not the link
     if path.is_file():
         raise InputError(f"{path} is a file; give the name of a folder that isn't there yet.")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; choose another name, or replace it with --overwrite.")
     if path.exists() and any(path.iterdir()) and not (path / marker).is_file():
         raise InputError(f"{path} has no {marker}, so it isn't what would be replaced; choose another name.")
+    names = sorted(one.name for one in path.iterdir()) if path.is_dir() else []
+    for name in names:
+        if not any(fnmatch(name, known) for known in contents):
+            raise InputError(f"{path} holds {name}, too, which would be lost; choose another name.")
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path.parent} is not a folder; create it first.")
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

@@ -93,6 +93,10 @@ def by_layer(frame: pd.DataFrame) -> list[np.ndarray]:
     if frame.empty or not all(pd.api.types.is_integer_dtype(frame[name]) for name in COLUMNS):
         raise InputError("a placement has a row an expert, and whole numbers for layer, expert and device.")
     n_devices = int(frame["device"].max()) + 1
+    if n_devices > len(frame):  # before devices are counted
+        raise InputError(
+            f"the placement has a device {n_devices - 1}, and {len(frame)} rows; expected devices from 0 on."
+        )
     result = []
     for place, (layer, part) in enumerate(frame.sort_values(["layer", "expert"]).groupby("layer")):
         if layer != place:

@@ -270,6 +270,8 @@ def test_export_errors(tmp_path):
         export_placement(good.drop(columns="device"), tmp_path / "p.json")
     with pytest.raises(InputError, match=r"puts \[1, 3\] experts on its devices"):
         export_placement(table([[0, 1, 1, 1]]), tmp_path / "p.json")
+    with pytest.raises(InputError, match="a device 100000000000000, and 4 rows"):
+        export_placement(table([[0, 1, 0, 10**14]]), tmp_path / "p.json")
     with pytest.raises(InputError, match="no layer 0"):
         export_placement(good[good["layer"] == 1], tmp_path / "p.json")
     with pytest.raises(InputError, match="each expert from 0 on exactly once"):

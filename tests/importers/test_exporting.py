@@ -94,9 +94,15 @@ def test_a_data_set_is_written_whole_or_not_at_all(trace: Trace, tmp_path: Path,
     (out / "mine.txt").write_text("keep")
     with pytest.raises(InputError, match="exists"):
         export_dataset(trace.path, out)
-    with pytest.raises(InputError, match="README.md"):
+    (out / "README.md").write_text("of my project")
+    with pytest.raises(InputError, match="layers/train.parquet"):
         export_dataset(trace.path, out, overwrite=True)
-    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "mine.txt"]
+    export_dataset(trace.path, tmp_path / "set")
+    export_dataset(trace.path, tmp_path / "set", overwrite=True)
+    (tmp_path / "set" / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="mine.txt, too"):
+        export_dataset(trace.path, tmp_path / "set", overwrite=True)
 
     def broken(_: Trace) -> str:
         raise KeyboardInterrupt
@@ -104,7 +110,7 @@ def test_a_data_set_is_written_whole_or_not_at_all(trace: Trace, tmp_path: Path,
     monkeypatch.setattr(dataset_folder, "_card", broken)
     with pytest.raises(KeyboardInterrupt):
         export_dataset(trace.path, tmp_path / "other")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "set"]
 
 
 def test_activation_counts_are_those_of_the_model(tmp_path: Path):

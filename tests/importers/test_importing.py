@@ -10,9 +10,11 @@ import dumps
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from commandline import Command
 
 from workbench import analysis
+from workbench.errors import InputError
 from workbench.importers import FORMATS, import_routing
 from workbench.routing import NO_EXPERT
 from workbench.tracefile import Trace
@@ -151,6 +153,26 @@ def test_recorder_counts(tmp_path: Path):
     assert np.array_equal(found, expected)
     with pytest.raises(ValueError, match="no pairs of experts"):
         analysis.coactivation(trace)
+
+
+def test_recorder_steps_keep_their_numbers(tmp_path: Path):
+    (path,) = dumps.recorder(tmp_path, DATA)
+    counts = np.insert(dumps.recorded_counts(DATA), 1, 0, axis=0)  # a step that saw no token
+    torch.save({"logical_count": torch.from_numpy(counts)}, path)
+    trace = import_routing("sglang-recorder", [path], tmp_path / "t.duckdb", top_k=4, **NAMED)
+    assert trace.sequences()["step"].tolist() == [0, *range(2, len(counts))]
+    counts[3, 1, 0] += 1
+    torch.save({"logical_count": torch.from_numpy(counts)}, path)
+    with pytest.raises(InputError, match="step 3, layer 1"):
+        import_routing("sglang-recorder", [path], tmp_path / "u.duckdb", top_k=4, **NAMED)
+
+
+def test_a_name_that_is_no_utf_8(tmp_path: Path):
+    """Linux gives bytes of a name that aren't UTF-8 as lone surrogates, which a database can't hold."""
+    (path,) = dumps.vllm_npz(tmp_path, DATA)
+    path = path.rename(tmp_path / "d\udcff.npz")
+    assert import_routing("vllm", [path], tmp_path / "t.duckdb", **SIZES | NAMED).run == "vllm.d?.npz"
+    assert import_routing("vllm", [path], tmp_path / "u.duckdb", run="r\udcff", **SIZES | NAMED).run == "r?"
 
 
 @pytest.mark.parametrize("header", [True, False])

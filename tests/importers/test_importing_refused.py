@@ -241,6 +241,37 @@ def test_llama_cpp_cut_short(tmp_path: Path):
     fails(tmp_path, "llama.cpp", files, "Check --top-k", top_k=3)
 
 
+def test_llama_cpp_of_no_rank_and_of_many_experts(tmp_path: Path):
+    (path,) = dumps.llama_cpp(tmp_path, DATA)
+    path.write_text("phase,token,layer,rank,expert\nprefill,0,0,-1,3\n")
+    fails(tmp_path, "llama.cpp", [path], "largest rank is -1")
+    # chances so small that a float holds their logarithm only
+    experts = np.stack([np.random.default_rng(token).permutation(2048)[:512] for token in range(4)])
+    rows = [f"{layer},{expert}" for layer in range(2) for token in experts for expert in token]
+    path.write_text("\n".join(["layer,expert", *rows]) + "\n")
+    given = NAMED | {"n_experts": 2048, "top_k": 512}
+    assert import_routing("llama.cpp", [path], tmp_path / "t.duckdb", **given).n_tokens == 4
+
+
+def test_policylang_with_another_header(tmp_path: Path):
+    (path,) = dumps.policylang_jsonl(tmp_path, DATA)
+    first, *rows = path.read_text().splitlines()
+    for change, part in (({"top_k": 2}, "top_k 2, the rows have 4"), ({"num_layers": 2}, "num_layers 2")):
+        path.write_text("\n".join([json.dumps(json.loads(first) | change), *rows]) + "\n")
+        fails(tmp_path, "policylang", [path], part)
+
+
+def test_vllm_of_several_prompts(tmp_path: Path):
+    """`usage` tells the lengths of prompts only where there is one."""
+    responses = [dumps.vllm_response(e, ids, n) for e, ids, n in zip(DATA.experts, DATA.ids, (3, 2), strict=True)]
+    choices = [response["choices"][0] for response in responses]
+    for choice in choices:
+        del choice["prompt_token_ids"], choice["token_ids"]
+    usage = {"prompt_tokens": 3, "completion_tokens": sum(r["usage"]["completion_tokens"] for r in responses)}
+    (tmp_path / "two.json").write_text(json.dumps(responses[0] | {"choices": choices, "usage": usage}))
+    fails(tmp_path, "vllm", [tmp_path / "two.json"], "2 choices of several prompts", "return_token_ids")
+
+
 def test_policylang_cut_short(tmp_path: Path):
     (path,) = dumps.policylang_jsonl(tmp_path, DATA)
     rows = path.read_text().splitlines()
@@ -253,7 +284,7 @@ def test_policylang_cut_short(tmp_path: Path):
 
 
 def test_moe_lrc_of_logits_and_ranks(tmp_path: Path):
-    from safetensors.numpy import save_file
+    from safetensors.numpy import load_file, save_file
 
     path = tmp_path / "olmoe_00.safetensors"
     scores = np.random.default_rng(0).random((2, 5, 16))
@@ -264,6 +295,9 @@ def test_moe_lrc_of_logits_and_ranks(tmp_path: Path):
     files = dumps.moe_lrc(tmp_path, dumps.planted())
     fails(tmp_path, "moe-lrc", files, "saved as int8", n_experts=160)
     fails(tmp_path, "moe-lrc", files[-1:], "NAME_00.safetensors")
+    held = load_file(files[1])
+    save_file(held | {"more": held["c4"]}, files[1])
+    fails(tmp_path, "moe-lrc", files, "no data set 'more'")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from workbench.importers.text import Text
 from workbench.output import new_file
 from workbench.routing import NO_EXPERT
 from workbench.tracefile import Trace
+from workbench.transaction import clean
 
 FORMATS = {
     "olmoe": "JSON lines of OLMoE's run_moe_analysis.py",
@@ -79,7 +80,7 @@ def import_routing(
     for name, given in {"--n-experts": n_experts, "--top-k": top_k, "--n-layers": n_layers}.items():
         if given is not None and not 1 <= given < int(NO_EXPERT):
             raise InputError(f"{name} is {given}; expected 1 to {int(NO_EXPERT) - 1}.")
-    run = run or f"{form}.{files[0].name}"
+    run = clean(run or f"{form}.{files[0].name}") or form  # as it will be in the trace
     corpus = {"imported_from": form, "files": [path.name for path in files]}
     facts = {"run": run, "engine": f"imported from {form}", "corpus": corpus}
     with _new_trace(Path(out), overwrite) as partial:

@@ -42,6 +42,8 @@ def texts(files: Sequence[Path], top_k: int | None, n_experts: int) -> Iterator[
             k = int(rows["rank"].max()) + 1 if "rank" in rows else k
             if k is None:
                 raise InputError(f"{path}: `layer,expert` doesn't tell how many experts a token has: give --top-k.")
+            if k < 1:
+                raise InputError(f"{path}: the largest rank is {k - 1}; expected 0 to k - 1.")
             ids, found = _ids(path, rows, k, layers)
             layers = layers or found
             if found != layers:
@@ -134,7 +136,8 @@ def _check_stride(path: Path, ids: np.ndarray, n_experts: int) -> None:
         return
     full = ids[:shown, :-1] if (ids[0, -1] == NONE).any() else ids[:shown]
     layers = full.swapaxes(0, 1).reshape(full.shape[1], shown * k)
-    chance = sum(math.log(math.comb(n_experts - i * k, k) / math.comb(n_experts, k)) for i in range(shown))
+    every = math.log(math.comb(n_experts, k))
+    chance = sum(math.log(math.comb(n_experts - i * k, k)) - every for i in range(shown))
     ordered = np.sort(layers, axis=1)
     if chance * len(layers) < math.log(CHANCE) and (ordered[:, 1:] != ordered[:, :-1]).all():
         raise InputError(

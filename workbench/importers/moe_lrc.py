@@ -48,7 +48,8 @@ def texts(files: Sequence[Path]) -> Iterator[Text]:
     with ExitStack() as opened:
         layers = {number: _open(opened, path) for number, path in sorted(numbers.items())}
         sides = {name: _open(opened, path) for name, path in others.items()}
-        for name in next(iter(layers.values())).keys():  # noqa: SIM118  # not a dict
+        names = dict.fromkeys(name for file in layers.values() for name in file.keys())  # noqa: SIM118  # not a dict
+        for name in names:
             yield from _data_set(name, model, layers, numbers, sides, others)
 
 

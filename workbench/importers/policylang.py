@@ -156,6 +156,10 @@ def _text(where: str, rows: Rows, facts: dict[str, Any], source: str) -> Text:
         given = (softmax if logits is None else logits).shape[2]  # type: ignore[union-attr]
     if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
         raise InputError(f"{where}: num_experts is {given!r}; expected a whole number from 1 on.")
+    for key, found in {"top_k": experts.shape[1], "num_layers": max(int(numbers[-1]) + 1, n_layers)}.items():
+        said = facts.get(key)  # layers without a router count, too, so there may be more
+        if isinstance(said, int) and (found > said or key == "top_k" and found != said):
+            raise InputError(f"{where}: the header says {key} {said}, the rows have {found}.")
     ids, phase = of_token("token_id"), of_token("phase")
     name = facts.get("model_name")
     if phase is not None and (

@@ -41,7 +41,7 @@ def write(
     dense: Sequence[int],
 ) -> None:
     """Write the counts of files as the run `facts` of a new file. InputError if they aren't what a recorder wrote."""
-    tables = [counted(one) for one in files]
+    steps, tables = zip(*(counted(one) for one in files), strict=True)
     _, layers, size = tables[0].shape
     wanted = (n_layers or layers, n_experts or size)
     for one, table in zip(files, tables, strict=True):
@@ -59,12 +59,13 @@ def write(
     settings = {"blocks": n_blocks(sum(map(len, tables))), "group": ["source"], "pairs": False}
     header = {**facts, "recorded": [COUNTS], "corpus": facts["corpus"] | settings}
     with Writer(path, header, [layer_row(layer, size, top_k) for layer in kept]) as writer:
-        for part in parts(files, tables, kept, top_k):
+        for part in parts(files, steps, tables, kept, top_k):
             writer.append(part)
 
 
-def counted(path: Path) -> np.ndarray:
-    """Integers (steps, layers, E) of one file, without the steps that saw no token. InputError if it isn't one."""
+def counted(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Of one file the numbers of the steps that saw tokens, int64 (steps,), and their counts, integers (steps, layers,
+    E). InputError if it isn't one."""
     import torch
 
     try:
@@ -83,13 +84,13 @@ def counted(path: Path) -> np.ndarray:
     counts = table.numpy()
     if not counts.size or counts.min() < 0:
         raise InputError(f"{path}: logical_count of shape {counts.shape} holds nothing, or numbers below 0.")
-    counts = counts[counts.any(axis=(1, 2))]
-    if not len(counts):
+    steps = np.flatnonzero(counts.any(axis=(1, 2)))
+    if not len(steps):
         raise InputError(f"{path}: every step of logical_count is 0: nothing was recorded before it was written.")
-    return counts
+    return steps, counts[steps]
 
 
-def tokens(path: Path, counts: np.ndarray, layers: Sequence[int], top_k: int) -> np.ndarray:
+def tokens(path: Path, steps: np.ndarray, counts: np.ndarray, layers: Sequence[int], top_k: int) -> np.ndarray:
     """int64 (steps,): tokens that each step saw, so that each router gave each of them `top_k` experts.
 
     InputError naming the step and the layer if that can't be.
@@ -106,24 +107,30 @@ def tokens(path: Path, counts: np.ndarray, layers: Sequence[int], top_k: int) ->
     if (bad := sums != found[:, None] * top_k).any():
         step, at = np.argwhere(bad)[0]
         raise InputError(
-            f"{path}: step {step}, layer {layers[at]} has {sums[step, at]:,} choices; layer {layers[0]} has "
+            f"{path}: step {steps[step]}, layer {layers[at]} has {sums[step, at]:,} choices; layer {layers[0]} has "
             f"{sums[step, 0]:,}: not {top_k} for each token. Check --top-k."
         )
     if (bad := kept.max(axis=2) > found[:, None]).any():
         step, at = np.argwhere(bad)[0]
         raise InputError(
-            f"{path}: step {step}, layer {layers[at]}: an expert was chosen {kept[step, at].max():,} times by "
+            f"{path}: step {steps[step]}, layer {layers[at]}: an expert was chosen {kept[step, at].max():,} times by "
             f"{found[step]:,} tokens. Check --top-k."
         )
     return found
 
 
-def parts(files: Sequence[Path], tables: Sequence[np.ndarray], layers: Sequence[int], top_k: int) -> Iterator[Counts]:
+def parts(
+    files: Sequence[Path],
+    steps: Sequence[np.ndarray],
+    tables: Sequence[np.ndarray],
+    layers: Sequence[int],
+    top_k: int,
+) -> Iterator[Counts]:
     """What is to be written, some steps at a time."""
-    n_tokens = [tokens(path, table, layers, top_k) for path, table in zip(files, tables, strict=True)]
+    n_tokens = [tokens(*one, layers, top_k) for one in zip(files, steps, tables, strict=True)]
     total = sum(map(len, tables))
     seq = 0
-    for path, table, n in zip(files, tables, n_tokens, strict=True):
+    for path, numbers, table, n in zip(files, steps, tables, n_tokens, strict=True):
         for start in range(0, len(table), STEPS):
             part, held = table[start : start + STEPS].astype(np.int64), n[start : start + STEPS]
             ids = np.arange(seq, seq + len(part), dtype=np.int32)
@@ -136,7 +143,7 @@ def parts(files: Sequence[Path], tables: Sequence[np.ndarray], layers: Sequence[
                         "n_prompt": 0,
                         "n_tokens": int(tokens),
                         "source": path.name,
-                        "metadata": {"step": start + place},
+                        "metadata": {"step": int(numbers[start + place])},
                     }
                     for place, (one, tokens) in enumerate(zip(ids, held, strict=True))
                 ],

@@ -72,8 +72,17 @@ def _choices(where: str, response: dict[str, Any], source: str) -> Iterator[Text
     choices = response.get("choices")
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
         raise InputError(f"{where}: no `choices`; expected a response of vLLM's /v1/completions or chat/completions.")
-    for index, choice in enumerate(choices):
-        yield _text(f"{where}: choice {index}", response, choice, source)
+    found = [_text(f"{where}: choice {index}", response, choice, source) for index, choice in enumerate(choices)]
+    asked = response.get("prompt_token_ids") is None and any(one.get("prompt_token_ids") is None for one in choices)
+    if len(found) > 1 and asked:  # then `usage` told how long prompts are, which it does of one prompt only
+        said = sum(len(text.experts) + 1 - text.fields["n_prompt"] for text in found)
+        counted = number(where, part(where, response, "usage"), "completion_tokens")
+        if counted is not None and said != counted:
+            raise InputError(
+                f"{where}: {len(found)} choices of several prompts, whose lengths aren't told. Ask with "
+                "return_token_ids, or for one prompt at a time."
+            )
+    yield from found
 
 
 def _text(where: str, response: dict[str, Any], choice: dict[str, Any], source: str) -> Text:
