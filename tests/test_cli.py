@@ -300,6 +300,23 @@ def test_query(workbench: Command, file: Path):
 
 def test_control_characters_do_not_reach_the_terminal(workbench: Command, file: Path):
     assert "\x1b" not in workbench("query", file, "SELECT chr(27) || '[31m' AS x, [chr(27)] AS y").out
+    pivoted = "PIVOT (SELECT chr(27) || chr(155) || chr(8238) || 'é' AS x) ON x USING count(*)"
+    for as_json in ((), ("--json",)):
+        printed = workbench("query", file, pivoted, *as_json)
+        assert printed.code == 0 and "é" in printed.out and printed.out.replace("\n", "").isprintable(), printed
+    failed = workbench("report", file, "--run", "\x1b[31m\x9b1m")
+    refused(failed, "no run", "\\x9b1m")
+    assert failed.err.strip().isprintable()
+
+
+def test_messages_keep_their_lines_and_nothing_else_that_is_no_text(workbench: Command, file: Path, tmp_path: Path):
+    hostile = tmp_path / "t.duckdb"
+    hostile.write_bytes(file.read_bytes())
+    with duckdb.connect(hostile) as con:
+        con.execute("UPDATE runs SET run = chr(27) || '[31m' || chr(155) || chr(10) || run")
+    failed = workbench("report", hostile, "--run", "nope")
+    assert failed.code == 2 and "no run 'nope'" in failed.err and "\\x1b[31m" in failed.err
+    assert failed.err.replace("\n", "").isprintable()
 
 
 def test_export(workbench: Command, file: Path, tmp_path: Path):

@@ -5,10 +5,12 @@ import hashlib
 import io
 import json
 import re
+import shlex
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +18,9 @@ from routed import choose, full_trace, random_trace, with_profiles
 
 from workbench import figures
 from workbench.errors import InputError
-from workbench.report import definition, report
+from workbench.questions import Question
+from workbench.report import command, commands, definition, report, run_facts
+from workbench.tracefile import Trace
 
 HOSTILE = "</script><script>alert('lang')</script>"
 LANGUAGES = ("en", "de", HOSTILE)
@@ -181,3 +185,67 @@ def test_definition():
     text = "First line\nwith `code`.\n\n- **a** = x < y\n- b\n  goes on\n\nEnd."
     expected = "<p>First line with <code>code</code>.</p>\n<ul><li><b>a</b> = x &lt; y</li><li>b goes on</li></ul>\n"
     assert definition(text) == expected + "<p>End.</p>"
+
+
+@pytest.fixture
+def plain_trace(tmp_path) -> Path:
+    """Two texts, without languages or anything else to say of them."""
+    random_trace(tmp_path / "p.duckdb", n_texts=1, languages=("en", "de"))
+    return tmp_path / "p.duckdb"
+
+
+def said(path: Path, **columns: object) -> tuple[dict[str, str], list[list[str]]]:
+    """The facts of a run and the words of each of its command lines, where its columns hold these values."""
+    with duckdb.connect(path) as con:
+        for column, value in columns.items():
+            con.execute(f"UPDATE runs SET {column} = ?", [json.dumps(value) if column in JSON else value])
+    trace = Trace(path)
+    facts = trace.runs().to_dict("records")[0]
+    lines = commands(trace, facts, path.with_suffix(".html")).splitlines()
+    return dict(run_facts(trace, facts, trace.sequences())), [shlex.split(line) for line in lines]
+
+
+JSON = ("corpus", "versions")
+
+
+@pytest.mark.parametrize(
+    "corpus",
+    [5, [1], "text", {"names": 5}, {"names": "demo"}, {"names": {"a": 1}}, {"experts": [1]}, {"experts": {"a": 1}}],
+)
+def test_odd_facts_of_a_corpus_are_left_out(plain_trace, corpus):
+    facts, lines = said(plain_trace, model="demo", corpus=corpus, versions=corpus)
+    assert not {"corpora", "experts"} & set(facts)
+    assert [line[1] for line in lines] == ["report"]
+
+
+@pytest.mark.parametrize("group", [5, "lang", {"a": 1}, [1, None], ["lang"]])
+def test_commands_of_odd_facts(plain_trace, group):
+    odd = {"names": [1, None, "a b"], "group": group, "max_length": [1], "generate": {"a": "b"}, "experts": "fused"}
+    facts, (trace, _) = said(plain_trace, model="demo", corpus=odd, recorded=["counts"])
+    assert facts["corpora"] == "1, None, a b" and facts["experts"] == "fused code"
+    assert trace[:9] == ["workbench", "trace", "demo", "--corpus", "1", "--corpus", "None", "--corpus", "a b"]
+
+
+def test_no_value_becomes_an_option_or_a_command(plain_trace):
+    hostile = "--x; touch 'y' `z` $(w)"
+    corpus = {"names": [hostile], "max_length": hostile, "long_texts": hostile, "generate": hostile}
+    _, (traced, reported) = said(plain_trace, model="demo", dtype=hostile, corpus=corpus)
+    for words in (traced, reported):
+        # each is one word, and the value of the option before it
+        assert all(words[at - 1] in OPTIONS for at, word in enumerate(words) if word == hostile)
+    assert traced.count(hostile) == 5
+    for model in ("--trust-remote-code", "-x", "-"):
+        assert [line[1] for line in said(plain_trace, model=model, corpus=corpus)[1]] == ["report"]
+    # a terminal obeys control characters that are pasted
+    assert [line[1] for line in said(plain_trace, model="demo\x03\n", corpus=corpus)[1]] == ["report"]
+
+
+OPTIONS = ("--corpus", "--dtype", "--max-length", "--long", "--generate")
+
+
+def test_a_file_that_begins_with_a_dash_is_no_option(plain_trace):
+    path = plain_trace.rename(plain_trace.with_name("--overwrite.duckdb"))
+    _, (reported,) = said(path, model="demo")
+    assert reported[2] == "./--overwrite.duckdb"
+    line = command(Trace(path), Question("load"), "a b.csv")
+    assert shlex.split(line)[3] == "./--overwrite.duckdb" and shlex.split(line)[-1] == "a b.csv"

@@ -45,7 +45,9 @@ def _shortened(text: str) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    from workbench.printing import paragraphs
+
+    print(f"error: {paragraphs(message)}", file=sys.stderr)  # names from a trace or a corpus are in it
     sys.exit(code)
 
 

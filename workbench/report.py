@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,14 @@ def answer(trace: Trace, question: Question, drawn: dict[str, Any]) -> dict[str,
 def command(trace: Trace, question: Question, out: str) -> str:
     """The command line that writes the whole table."""
     options = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in question.arguments.items() if value]
-    path, run = shlex.quote(trace.path.name), shlex.quote(trace.run)
-    return " ".join(["workbench analyze", question.name, path, "--run", run, *options, "--out", out])
+    path, run = shlex.quote(file_argument(trace)), shlex.quote(trace.run)
+    return " ".join(["workbench analyze", question.name, path, "--run", run, *options, "--out", shlex.quote(out)])
+
+
+def file_argument(trace: Trace) -> str:
+    """The trace's file as an argument of a command line: never an option."""
+    name = trace.path.name
+    return f"./{name}" if name.startswith("-") else name
 
 
 def cell(value: Any) -> str:
@@ -207,8 +214,7 @@ def compact(number: int) -> str:
 
 def run_facts(trace: Trace, facts: dict[Any, Any], sequences: pd.DataFrame) -> list[tuple[str, str]]:
     """Everything the trace says about the run."""
-    corpus = facts["corpus"] if isinstance(facts["corpus"], dict) else {}
-    versions = facts["versions"] if isinstance(facts["versions"], dict) else {}
+    corpus, versions = corpus_of(facts), versions_of(facts)
     rows = [
         ("run", trace.run),
         ("model", facts["model"]),
@@ -216,8 +222,8 @@ def run_facts(trace: Trace, facts: dict[Any, Any], sequences: pd.DataFrame) -> l
         ("family", facts["family"]),
         ("engine", " ".join(str(part) for part in (facts["engine"], facts["dtype"]) if present(part))),
         ("recorded", ", ".join(sorted(trace.recorded))),
-        ("experts", {"fused": "fused code", "model": "the model's own code"}.get(corpus.get("experts", ""))),
-        ("corpora", ", ".join(corpus.get("names", []))),
+        ("experts", {"fused": "fused code", "model": "the model's own code"}.get(str(corpus.get("experts")))),
+        ("corpora", ", ".join(strings(corpus.get("names")))),
         ("corpus fingerprint", corpus.get("fingerprint")),
         ("languages", counted(sequences, "lang")),
         ("domains", counted(sequences, "domain")),
@@ -228,6 +234,21 @@ def run_facts(trace: Trace, facts: dict[Any, Any], sequences: pd.DataFrame) -> l
         ("file", trace.path.name),
     ]
     return [(name, str(value)) for name, value in rows if present(value)]
+
+
+def corpus_of(facts: Mapping[Any, Any]) -> dict[str, Any]:
+    """What a run says of its texts; nothing where the column holds other JSON."""
+    return facts["corpus"] if isinstance(facts["corpus"], dict) else {}
+
+
+def versions_of(facts: Mapping[Any, Any]) -> dict[str, Any]:
+    """Software -> version; nothing where the column holds other JSON."""
+    return facts["versions"] if isinstance(facts["versions"], dict) else {}
+
+
+def strings(value: Any) -> list[str]:
+    """The entries of a list from JSON; none where it is no list."""
+    return list(map(str, value)) if isinstance(value, list) else []
 
 
 def counted(sequences: pd.DataFrame, column: str) -> str:
@@ -248,17 +269,20 @@ def present(value: Any) -> bool:
 
 
 def commands(trace: Trace, facts: dict[Any, Any], out: Path) -> str:
-    """The command lines that give this report again."""
-    corpus = facts["corpus"] if isinstance(facts["corpus"], dict) else {}
+    """The command lines that give this report again, as far as the trace tells: a model that begins with a dash would
+    be an option, and makes no line.
+    """
+    corpus = corpus_of(facts)
+    names = strings(corpus.get("names"))
     lines = []
-    if corpus.get("names") and present(facts["model"]):
+    if names and present(facts["model"]) and not str(facts["model"]).startswith("-"):
         parts = ["workbench", "trace", str(facts["model"])]
-        for name in corpus["names"]:
-            parts += ["--corpus", str(name)]
+        for name in names:
+            parts += ["--corpus", name]
         if present(facts["dtype"]):
             parts += ["--dtype", str(facts["dtype"])]
         if trace.counted:
-            parts += ["--counts-by", ",".join(corpus.get("group") or ["seq"])]
+            parts += ["--counts-by", ",".join(strings(corpus.get("group")) or ["seq"])]
         else:
             parts += ["--record", ",".join(sorted(trace.recorded))]
         parts += ["--run", trace.run, "--out", trace.path.name]
@@ -272,8 +296,9 @@ def commands(trace: Trace, facts: dict[Any, Any], out: Path) -> str:
         if corpus.get("generate"):
             parts += ["--generate", str(corpus["generate"])]
         lines.append(shlex.join(parts))
-    lines.append(shlex.join(["workbench", "report", trace.path.name, "--run", trace.run, "--out", out.name]))
-    return "\n".join(lines)
+    lines.append(shlex.join(["workbench", "report", file_argument(trace), "--run", trace.run, "--out", out.name]))
+    # A terminal takes a pasted control character for a key, in quotes too: ^C ends the line that it stands in.
+    return "\n".join(line for line in lines if line.isprintable())
 
 
 def in_script(text: str) -> str:

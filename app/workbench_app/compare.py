@@ -4,7 +4,7 @@ import shlex
 
 import streamlit as st
 
-from workbench import questions, runs, tracefile
+from workbench import questions, report, runs, tracefile
 from workbench.analysis.matching import other_run
 from workbench.questions import Question
 from workbench_app import messages, panel, view
@@ -33,10 +33,11 @@ def chosen() -> str | None:
 def nothing_yet() -> None:
     """What to do to have something to compare with."""
     facts = view.runs()[view.run()]
-    corpus = facts["corpus"] or {}
-    parts = ["workbench", "trace", str(facts["model"] or "MODEL")]
-    for name in corpus.get("names") or ["…"]:
-        parts += ["--corpus", str(name)]
+    corpus = report.corpus_of(facts)
+    model = str(facts["model"] or "-")
+    parts = ["workbench", "trace", "MODEL" if model.startswith("-") else model]  # it would be taken for an option
+    for name in report.strings(corpus.get("names")) or ["…"]:
+        parts += ["--corpus", name]
     for key, option in (("max_length", "--max-length"), ("long_texts", "--long")):
         parts += [option, str(corpus[key])] if corpus.get(key) else []
     same = shlex.join(parts)
@@ -72,7 +73,8 @@ def by_label() -> list[Question]:
     by = left.selectbox(
         "By", columns, columns.index("lang") if "lang" in columns else 0, key="compare_by", bind="query-params"
     )
-    return [Question("agreement", {"other": other, "by": by}, f"Agreement by {by}", questions.least_alike,
+    heading = f"Agreement by {messages.text(by)}"
+    return [Question("agreement", {"other": other, "by": by}, heading, questions.least_alike,
                      ", all layers together, least alike first")]  # fmt: skip
 
 

@@ -209,9 +209,10 @@ def weights(trace: Trace, layer: int, expert: int) -> None:
 def group_part(trace: Trace, layer: int, expert: int, by: str, key: str = "") -> None:
     """What an expert prefers among the values of a column."""
     frame = one_expert.groups(trace, layer, expert, by)
-    st.subheader(f"By {figures.noun(by)}", anchor=False)
+    noun = messages.text(figures.noun(by))
+    st.subheader(f"By {noun}", anchor=False)
     if len(frame) < 2:
-        st.caption(f"Every token has the same {figures.noun(by)}, so there is nothing to compare.")
+        st.caption(f"Every token has the same {noun}, so there is nothing to compare.")
         return
     name = f"experts-{by.replace(' ', '-')}{key}-{layer}-{expert}"
     panel.figure(expert_profile.group_figure(frame), name)

@@ -51,8 +51,8 @@ def grid_part(trace: Trace) -> None:
             by = by if by in by_columns else by_columns[0]
         if METRICS[metric].grouped and by is not None:
             labels = one_expert.labels(trace, by)
-            group = st.selectbox(figures.noun(by).capitalize(), labels, key="experts_group", bind="query-params",
-                                 width=180)  # fmt: skip
+            label = messages.text(figures.noun(by).capitalize())
+            group = st.selectbox(label, labels, key="experts_group", bind="query-params", width=180)
         by_value = st.toggle("In order of value", key="experts_sorted", bind="query-params")
         each = METRICS[metric].kind == "amount" and st.toggle(
             "Colours of each layer", key="experts_each", bind="query-params",

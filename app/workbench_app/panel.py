@@ -89,7 +89,7 @@ def download(ending: str, make: Callable[[], bytes], file_name: str, mime: str) 
     label = ending.removeprefix(".").upper()
     st.download_button(
         label, make, file_name, mime, key=f"download-{file_name}", type="tertiary", icon=":material/download:",
-        on_click="ignore", help=f"Download {file_name}",
+        on_click="ignore", help=f"Download {messages.text(file_name)}",
     )  # fmt: skip
 
 
@@ -102,7 +102,8 @@ def definition(text: str, label: str = "Definition") -> None:
 def analysis(question: Question, *, key: str = "", fixed: Collection[str] = ()) -> None:
     """One analysis: its options, its answer as findings, figure and table, how it is defined, and how to get it again.
 
-    question   from workbench.questions, or made for the page; its arguments are the defaults of the options
+    question   from workbench.questions, or made for the page; its arguments are the defaults of the options, its
+               heading is Markdown
     key        told apart from another panel of the same analysis on the page
     fixed      options that aren't offered, because the page has a widget for them
     """
@@ -185,9 +186,8 @@ def show(answer: Answer, question: Question, name: str) -> None:
         linked(linking.rows(frame, clickable, points[0]), name)
     else:
         st.caption("Click a point to see its rows of the table.")
-    picked = question.pick is not None and st.toggle(
-        f"Only{question.choice.lstrip(',') or ' the rows worth a look'}", True, key=f"picked-{name}"
-    )
+    choice = messages.text(question.choice.lstrip(",") or " the rows worth a look")
+    picked = question.pick is not None and st.toggle(f"Only{choice}", True, key=f"picked-{name}")
     table(question.pick(frame) if picked and question.pick else frame, name)
     with st.expander("The same on the command line", icon=":material/terminal:"):
         st.code(command(question.name, dict(answer.asked.arguments)), "sh", wrap_lines=True)
@@ -215,7 +215,8 @@ def command(name: str, arguments: dict[str, Any]) -> str:
     given = [f"--set {shlex.quote(f'{key}={_written(value)}')}" for key, value in arguments.items()]
     ask = analyses.find(name)[0]
     if analyses.subject(ask) == "model":
-        subject = [shlex.quote(str(view.model_name()))]
+        model = str(view.model_name())
+        subject = ["MODEL" if model.startswith("-") else shlex.quote(model)]  # it would be taken for an option
     else:
         subject = [shlex.quote(str(view.file())), "--run", shlex.quote(view.run())]
     return " ".join(["workbench analyze", name, *subject, *given, "--out", f"{name}.csv"])

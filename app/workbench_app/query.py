@@ -41,7 +41,7 @@ def tables() -> None:
         with st.expander(f"`{table}`", icon=":material/table:"):
             st.caption(columns.TABLES[str(table)])
             shown = rows[["column", "type", "meaning"]]
-            lines = [f"| `{row.column}` | {row.type} | {messages.text(row.meaning)} |" for row in shown.itertuples()]
+            lines = ["| " + " | ".join(map(messages.text, row)) + " |" for row in shown.itertuples(index=False)]
             st.markdown("\n".join(["| column | type | meaning |", "|---|---|---|", *lines]))
 
 

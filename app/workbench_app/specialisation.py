@@ -83,7 +83,7 @@ view.need_trace()
 st.title("Specialisation", anchor=False)
 with messages.guarded():
     by, within = labelled()
-    noun = figures.noun(by)
+    noun = messages.text(figures.noun(by))
     section = questions.labels(sequences(), by, noun, within or "")
     how_much, which, alike = section["questions"]
     show(

@@ -86,7 +86,7 @@ def of_trace() -> tuple[Reading, Trace] | None:
 def narrowed(column: str, values: list[str], key: str = "") -> str:
     """A choice of one value of a column, or all."""
     values = figures.ordered(values) if column in ("lang", "domain") else values
-    label = figures.noun(column).capitalize()
+    label = messages.text(figures.noun(column).capitalize())
     return st.selectbox(label, [ALL, *values], key=key or f"tokens_{column}", bind="query-params", width=190)
 
 
@@ -279,7 +279,9 @@ def say(text: Reading, trace: Trace | None) -> None:
     row = text.sequences.iloc[0]
     facts = [f"text **{row['seq']}**", f"{len(text):,} tokens"]
     labels = [name for name in map(str, text.sequences) if name not in UNSAID and not name.startswith("split_")]
-    facts += [f"{figures.noun(name)} **{messages.text(row[name])}**" for name in labels if pd.notna(row[name])]
+    facts += [
+        f"{messages.text(figures.noun(name))} **{messages.text(row[name])}**" for name in labels if pd.notna(row[name])
+    ]
     st.caption(" · ".join(facts))
 
 

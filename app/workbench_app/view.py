@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from workbench import background, tracefile
+from workbench import background, report, tracefile
 from workbench.location import Url, located
+from workbench.printing import plain
 from workbench.tracefile import Trace
 from workbench_app import link, messages
 
@@ -132,7 +133,7 @@ def description() -> str:
     found, part = whole(), trace()
     if part.n_sequences == found.n_sequences:
         return f"all {found.n_tokens:,} tokens in {found.n_sequences:,} texts"
-    how = [f"`{where().replace('`', ' ')}`"] if where() else []
+    how = [f"`{plain(where()).replace('`', ' ')}`"] if where() else []  # an empty line in it would end the code
     how += ["drawn at random"] if tokens() and part.n_tokens >= tokens() else []
     return (
         f"{part.n_tokens:,} of {found.n_tokens:,} tokens, {part.n_sequences:,} of {found.n_sequences:,} texts "
@@ -193,9 +194,9 @@ def sidebar() -> None:
 def growth() -> None:
     """How far the run is; the page is shown anew when there is more of it."""
     facts = runs()[run()]
-    planned = (facts["corpus"] or {}).get("tokens")
+    planned = report.corpus_of(facts).get("tokens")
     text = f"Being written: {facts['tokens']:,} tokens"
-    if planned:
+    if isinstance(planned, int) and planned > 0:
         text = f"Being written: {facts['tokens']:,} of {planned:,} tokens"
         st.progress(min(1.0, facts["tokens"] / planned), text)
     else:
