@@ -85,3 +85,12 @@ def test_citation_names_what_is_known():
     assert "2026-03-04" in said
     nothing = dict.fromkeys(facts) | {"run": "r", "tokens": 0, "sequences": 0}
     assert "None" not in runs.citation("t.duckdb", nothing)
+
+
+@pytest.mark.parametrize("odd", [5, [1], "text", {"names": 5}])
+def test_other_json_than_ours_says_nothing(trace, odd):
+    known = [
+        one | {"corpus": odd, "versions": odd if odd != {"names": 5} else None} for one in info(trace.path)["runs"]
+    ]
+    assert runs.table(known)["corpora"].tolist() == [""]
+    assert "texts that the trace doesn't name" in runs.citation("t.duckdb", known[0])

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from workbench.errors import InputError
 from workbench.export import harmless, quoting
 from workbench.output import new_file
 from workbench.questions import Question, sections
+from workbench.runs import corpus_of, strings, versions_of
 from workbench.tracefile import Trace
 from workbench.validate import validate
 
@@ -234,21 +234,6 @@ def run_facts(trace: Trace, facts: dict[Any, Any], sequences: pd.DataFrame) -> l
         ("file", trace.path.name),
     ]
     return [(name, str(value)) for name, value in rows if present(value)]
-
-
-def corpus_of(facts: Mapping[Any, Any]) -> dict[str, Any]:
-    """What a run says of its texts; nothing where the column holds other JSON."""
-    return facts["corpus"] if isinstance(facts["corpus"], dict) else {}
-
-
-def versions_of(facts: Mapping[Any, Any]) -> dict[str, Any]:
-    """Software -> version; nothing where the column holds other JSON."""
-    return facts["versions"] if isinstance(facts["versions"], dict) else {}
-
-
-def strings(value: Any) -> list[str]:
-    """The entries of a list from JSON; none where it is no list."""
-    return list(map(str, value)) if isinstance(value, list) else []
 
 
 def counted(sequences: pd.DataFrame, column: str) -> str:

@@ -26,7 +26,7 @@ def table(runs: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
             "model": one["model"],
             "recipe": in_words(one["recipe"]),
             "dtype": one["dtype"],
-            "corpora": ", ".join(map(str, (one["corpus"] or {}).get("names") or [])),
+            "corpora": ", ".join(strings(corpus_of(one).get("names"))),
             "layers": one["layers"],
             "experts": "/".join(map(str, one["experts"] or [])),
             "top-k": "/".join(map(str, one["top_k"] or [])),
@@ -57,11 +57,11 @@ def citation(file: str, facts: Mapping[str, Any]) -> str:
     file   name of the trace
     facts  of one run, as `workbench.tracefile.info` gives them
     """
-    corpus, versions = facts["corpus"] or {}, facts["versions"] or {}
+    corpus, versions = corpus_of(facts), versions_of(facts)
     revision = f" at revision {facts['revision']}" if facts["revision"] else ""
     model = f"{facts['model']}{revision}" if facts["model"] else "a model that the trace doesn't name"
     precision = f" in {facts['dtype']}" if facts["dtype"] else ""
-    names = ", ".join(map(str, corpus.get("names") or [])) or "texts that the trace doesn't name"
+    names = ", ".join(strings(corpus.get("names"))) or "texts that the trace doesn't name"
     fingerprint = f" (fingerprint {corpus['fingerprint']})" if corpus.get("fingerprint") else ""
     edited = f" with {in_words(facts['recipe'])}" if facts["recipe"] else ""
     software = ", ".join(f"{name} {number}" for name, number in versions.items())
@@ -71,3 +71,18 @@ def citation(file: str, facts: Mapping[str, Any]) -> str:
         f"{facts['sequences']:,} texts. Run {facts['run']} of {file}, recorded{when}"
         f"{f' with {software}' if software else ''}."
     )
+
+
+def corpus_of(facts: Mapping[Any, Any]) -> dict[str, Any]:
+    """What a run says of its texts; nothing where the column holds other JSON."""
+    return facts["corpus"] if isinstance(facts["corpus"], dict) else {}
+
+
+def versions_of(facts: Mapping[Any, Any]) -> dict[str, Any]:
+    """Software -> version; nothing where the column holds other JSON."""
+    return facts["versions"] if isinstance(facts["versions"], dict) else {}
+
+
+def strings(value: Any) -> list[str]:
+    """The entries of a list from JSON; none where it is no list."""
+    return list(map(str, value)) if isinstance(value, list) else []

@@ -4,7 +4,7 @@ import shlex
 
 import streamlit as st
 
-from workbench import questions, report, runs, tracefile
+from workbench import questions, runs, tracefile
 from workbench.analysis.matching import other_run
 from workbench.questions import Question
 from workbench_app import messages, panel, view
@@ -33,10 +33,10 @@ def chosen() -> str | None:
 def nothing_yet() -> None:
     """What to do to have something to compare with."""
     facts = view.runs()[view.run()]
-    corpus = report.corpus_of(facts)
+    corpus = runs.corpus_of(facts)
     model = str(facts["model"] or "-")
     parts = ["workbench", "trace", "MODEL" if model.startswith("-") else model]  # it would be taken for an option
-    for name in report.strings(corpus.get("names")) or ["…"]:
+    for name in runs.strings(corpus.get("names")) or ["…"]:
         parts += ["--corpus", name]
     for key, option in (("max_length", "--max-length"), ("long_texts", "--long")):
         parts += [option, str(corpus[key])] if corpus.get(key) else []

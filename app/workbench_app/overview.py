@@ -121,7 +121,7 @@ def recording() -> None:
     """What was recorded, with what, and how to cite it."""
     trace, known = view.whole(), view.runs()[view.run()]
     st.subheader("Run", anchor=False)
-    corpus, versions = report.corpus_of(known), report.versions_of(known)
+    corpus, versions = runs.corpus_of(known), runs.versions_of(known)
     settings = {name: value for name, value in corpus.items() if name not in ("names", "fingerprint", "tokens")}
     facts(
         [
@@ -130,7 +130,7 @@ def recording() -> None:
             ("recipe", runs.in_words(known["recipe"])),
             ("recorded", ", ".join(sorted(trace.recorded))),
             ("number format", known["dtype"]),
-            ("corpora", ", ".join(report.strings(corpus.get("names")))),
+            ("corpora", ", ".join(runs.strings(corpus.get("names")))),
             ("fingerprint", str(corpus.get("fingerprint") or "")[:16]),
             ("settings", ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)),
             ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),

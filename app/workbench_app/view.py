@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from workbench import background, report, tracefile
+from workbench import background, tracefile
 from workbench.location import Url, located
 from workbench.printing import plain
+from workbench.runs import corpus_of
 from workbench.tracefile import Trace
 from workbench_app import link, messages
 
@@ -194,7 +195,7 @@ def sidebar() -> None:
 def growth() -> None:
     """How far the run is; the page is shown anew when there is more of it."""
     facts = runs()[run()]
-    planned = report.corpus_of(facts).get("tokens")
+    planned = corpus_of(facts).get("tokens")
     text = f"Being written: {facts['tokens']:,} tokens"
     if isinstance(planned, int) and planned > 0:
         text = f"Being written: {facts['tokens']:,} of {planned:,} tokens"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench import capture, parts
+from workbench.combine import merge
 from workbench.errors import InputError, RunError
-from workbench.interventions import Ablate
+from workbench.forward import run_batch
+from workbench.interventions import Ablate, Replay
+from workbench.job import observing
 from workbench.models import load
 from workbench.run_rows import layer_rows
 from workbench.schema import RECORDABLE
@@ -80,6 +86,20 @@ def assert_same(one: Trace, other: Trace) -> None:
     facts = ("run", "model", "revision", "family", "dtype", "recipe", "recorded", "corpus", "status")
     assert one.runs()[[*facts]].astype(str).equals(other.runs()[[*facts]].astype(str))
     assert other.runs()["engine"].tolist() == ["ray"] and validate(other.path).empty
+
+
+def begun(folder: Path, out: Path, n: int) -> None:
+    """A run whose driver died: in a folder, with the parts of its first `n` batches."""
+    model = load(str(folder / "model"))
+    asked = {"run": "texts", "batch_tokens": 300, "engine": "ray", "device": "cpu"}
+    job = capture.prepare(model, folder / "texts.jsonl", **asked)
+    header = job.header | {"versions": job.header["versions"] | {"ray": ray.__version__}}
+    parts.begin(out, header, job.layers, mode="resume")
+    gathered = parts.transaction(out)
+    with observing(model, job.record, None, job.experts) as (recorder, _):
+        for batch in islice(batches(job.texts(), 300), n):
+            gathered.add(run_batch(model, recorder, batch, 0))
+    parts.write(out, "00000000", gathered)
 
 
 def sound(trace: Trace) -> bool:
@@ -167,7 +187,7 @@ def test_what_a_worker_runs_into_ends_the_run_with_its_message(cluster, folder: 
     broken.tokenizer.save_pretrained(folder / "nan")
     with pytest.raises(RunError, match=r"layers\.1\..* text \d+ at position 0"):
         engine.trace(folder / "nan", folder / "texts.jsonl", tmp_path / "nan.duckdb", workers=2, **OPTIONS)
-    assert Trace(tmp_path / "nan.duckdb.parts").runs()["status"].tolist() == ["failed"]
+    assert not (tmp_path / "nan.duckdb.parts").exists()  # no text was traced
     with pytest.raises(RunError, match="touched nothing"):
         spread(folder, f"{tmp_path}/idle/", recipe=[Ablate(layer=1, experts=[2], scope="token=300")])
 
@@ -179,7 +199,7 @@ def test_a_driver_that_is_killed_leaves_whole_parts_and_no_process(folder: Path,
     command += ["--out", out, "--engine", "ray", "--workers", "2", "--batch-tokens", "300", "--run", "texts"]
     with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as driver:
         patience = time.monotonic() + 240
-        while not list(out.with_name("two.duckdb.parts").glob("sequences/[0-9]*")) and driver.poll() is None:
+        while not list(out.with_name("two.duckdb.parts").glob("sequences/*.parquet")) and driver.poll() is None:
             assert time.monotonic() < patience
             time.sleep(0.05)
         started = psutil.Process(driver.pid).children(recursive=True)
@@ -211,6 +231,92 @@ def test_workers_without_a_place_are_not_waited_for_long(cluster, folder: Path, 
     ray.kill(greedy)
 
 
+@pytest.mark.slow
+def test_sigterm_ends_a_run_as_ctrl_c_does(folder: Path, tmp_path: Path):
+    out = tmp_path / "two.duckdb"
+    command = [sys.executable, "-m", "workbench", "trace", folder / "model", "--corpus", folder / "texts.jsonl"]
+    command += ["--out", out, "--engine", "ray", "--workers", "1", "--batch-tokens", "300", "--run", "texts"]
+    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as driver:
+        patience = time.monotonic() + 240
+        while not list(out.with_name("two.duckdb.parts").glob("sequences/*.parquet")) and driver.poll() is None:
+            assert time.monotonic() < patience
+            time.sleep(0.05)
+        driver.terminate()
+        _, said = driver.communicate()
+    assert driver.returncode == 130 and "--resume finishes it" in said and "Traceback" not in said
+    assert Trace(out.with_name("two.duckdb.parts")).runs()["status"].tolist() == ["interrupted"]
+
+
+# --- without workers: what is done before them, and after
+
+
+@pytest.fixture
+def driven(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Work]]:
+    """`engine.trace` on no cluster, whose workers do only what `do` says; returns what they were given."""
+    monkeypatch.setattr(engine, "_cluster", lambda address: nullcontext())
+    monkeypatch.setattr(engine, "_claim", lambda workers, gpus: None)
+
+    def drive(do: Callable[[Work], None], *asked: Any, **options: Any) -> Work:
+        given: list[Work] = []
+
+        def stand_in(job: object, work: Work, *_: object) -> None:
+            given.append(work)
+            do(work)
+
+        monkeypatch.setattr(engine, "_run", stand_in)
+        engine.trace(*asked, **{"workers": 1} | OPTIONS | options)
+        return given[0]
+
+    yield drive
+
+
+def nothing(work: Work) -> None:
+    """What workers do whose parts go elsewhere."""
+
+
+def test_parts_that_do_not_arrive_are_noticed(driven, folder: Path, tmp_path: Path):
+    for out in (f"{tmp_path}/x/", tmp_path / "x.duckdb"):
+        with pytest.raises(RunError, match=r"0 of the 48 texts.* a place that all machines see"):
+            driven(nothing, folder / "model", folder / "texts.jsonl", out)
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == []
+
+
+def test_a_refusal_before_any_row_leaves_nothing_behind(driven, folder: Path, tmp_path: Path):
+    def refuse(work: Work) -> None:
+        raise InputError("no such device")
+
+    asked = (folder / "model", folder / "texts.jsonl")
+    (tmp_path / "f").mkdir()
+    for _ in range(2):
+        for out in (tmp_path / "x.duckdb", f"{tmp_path}/f/"):
+            with pytest.raises(InputError, match="no such device"):
+                driven(refuse, *asked, out)
+    assert not (tmp_path / "x.duckdb.parts").exists() and (tmp_path / "f").exists()
+    begun(folder, tmp_path / "f", n=1)
+    with pytest.raises(InputError, match="no such device"):
+        driven(refuse, *asked, f"{tmp_path}/f/", mode="resume")
+    assert Trace(tmp_path / "f").n_sequences > 0
+    with pytest.raises(InputError, match="no such device"):
+        driven(refuse, *asked, f"{tmp_path}/f/", mode="append", run="other")
+    assert Trace(tmp_path / "f", "texts").n_sequences > 0
+
+
+def test_a_relative_path_means_the_same_to_every_worker(driven, folder: Path, tmp_path: Path, monkeypatch):
+    single(folder, tmp_path / "one.duckdb", record=["weights"])
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(folder / "model")
+    (tmp_path / "demo").mkdir()
+
+    def stop(work: Work) -> None:
+        assert work.model == str(tmp_path / "model") and work.folder == str(tmp_path / "x.duckdb.parts")
+        assert work.recipe is not None and work.recipe.interventions == (Replay(trace=str(tmp_path / "one.duckdb")),)
+        raise InputError("enough")
+
+    with pytest.raises(InputError, match="enough"):
+        driven(stop, "model", folder / "texts.jsonl", "x.duckdb", recipe=[Replay(trace="one.duckdb")])
+    assert engine._from_anywhere("demo") == "demo" and engine._from_anywhere("org/name") == "org/name"
+
+
 # --- a worker, in this process
 
 
@@ -218,15 +324,13 @@ def test_workers_without_a_place_are_not_waited_for_long(cluster, folder: Path, 
 def worker(cluster, folder: Path, tmp_path: Path) -> Callable[..., Worker]:
     tries = ray.remote(num_cpus=0)(Tries).remote()
 
-    def make(model: str = "model", record: tuple[str, ...] = ("ids", "weights")) -> Worker:
-        asked: dict[str, Any] = {"record": record, "run": "texts", "batch_tokens": 300, "engine": "ray"}
+    def make(model: str = "model", record: tuple[str, ...] = ("ids", "weights"), run: str = "texts") -> Worker:
+        asked: dict[str, Any] = {"record": record, "run": run, "batch_tokens": 300, "engine": "ray"}
         job = capture.prepare(str(folder / "model"), folder / "texts.jsonl", **asked)
         parts.begin(tmp_path / "parts", job.header, job.layers, mode="resume")
-        rows = layer_rows("texts", job.layers)
+        rows = layer_rows(run, job.layers)
         path = str(folder / model)
-        return Worker(
-            Work(str(tmp_path / "parts"), "texts", rows, job.record, path, {}, None, job.experts, 0), 1, tries
-        )
+        return Worker(Work(str(tmp_path / "parts"), run, rows, job.record, path, {}, None, job.experts, 0), 1, tries)
 
     return make
 
@@ -248,13 +352,29 @@ def test_a_shard_that_is_tried_again_is_there_once(worker, folder: Path, tmp_pat
         assert validate(tmp_path / "parts").empty
 
 
+def test_a_run_that_is_added_to_a_folder_leaves_the_others(worker, folder: Path, tmp_path: Path):
+    (shard,) = some_shards(folder, size=10**6)
+    for run in ("texts", "more"):
+        worker(run=run)(shard)
+        parts.finish(tmp_path / "parts", run)
+    one = single(folder, tmp_path / "one.duckdb")
+    for run in ("texts", "more"):
+        for table in TABLES:
+            query = f"SELECT * EXCLUDE (run) FROM {table} WHERE run = {{}} ORDER BY ALL"
+            found = Trace(tmp_path / "parts", run).sql(query.format(f"'{run}'"))
+            np.testing.assert_equal(found.to_dict("list"), one.sql(query.format("'texts'")).to_dict("list"))
+    assert validate(tmp_path / "parts").empty
+
+
 def test_a_shard_can_make_several_parts(worker, folder: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("workbench.engines.ray_worker.COMMIT_BYTES", 1)
     (shard,) = some_shards(folder, size=10**6)
     worker()(shard)
     parts.finish(tmp_path / "parts", "texts")
     numbers = [number for number, _ in unpacked(shard["shard"][0].as_py())]
-    assert sorted(p.stem for p in (tmp_path / "parts" / "sequences").iterdir()) == [f"{n:08}" for n in numbers]
+    assert sorted(p.stem for p in (tmp_path / "parts" / "sequences").iterdir()) == [
+        f"{parts.file_of('texts')}-{n:08}" for n in numbers
+    ]
     assert_same(single(folder, tmp_path / "one.duckdb"), Trace(tmp_path / "parts"))
 
 
@@ -332,6 +452,11 @@ def test_what_can_not_be_is_refused(folder: Path, tmp_path: Path, workbench: Com
     refused(ask("--workers", 2, "--worker-gpus", 0.5), "0.5", "cuda")
     refused(ask("--workers", 2, "--worker-gpus", 0, "--device", "cuda"), "cuda")
     refused(ask("--workers", 2, "--device", "cuda:1"), "cuda:1")
+    for gpus in ("1.5", "nan", "inf", "-1"):
+        refused(ask("--workers", 2, "--device", "cuda", "--worker-gpus", gpus), "--worker-gpus")
+    refused(ask("--workers", 2, "--worker-gpus", "nan"), "--worker-gpus")
+    for device in ("bogus", "", "cuda:x"):
+        refused(ask("--workers", 2, "--device", device), f"device '{device}' can't be used")
     refused(ask("--workers", 2, "--append"), "workbench merge")
     refused(ask("--workers", 2, out=tmp_path / "no" / "x.duckdb"), "not a folder")
     (tmp_path / "x.duckdb").touch()
@@ -347,9 +472,25 @@ def test_what_can_not_be_is_refused(folder: Path, tmp_path: Path, workbench: Com
 
 
 def test_a_file_with_other_runs_is_not_replaced_by_a_resumed_one(folder: Path, tmp_path: Path):
-    single(folder, tmp_path / "x.duckdb", run="other")
-    with pytest.raises(InputError, match="other"):
+    out = tmp_path / "x.duckdb"
+    single(folder, out, run="other")
+    with pytest.raises(InputError, match="it holds 'other': move it elsewhere"):
+        spread(folder, out, mode="resume")
+    single(folder, out, mode="append")
+    begun(folder, tmp_path / "x.duckdb.parts", n=1)
+    with pytest.raises(InputError, match="it holds 'other', 'texts': move it elsewhere"):
+        spread(folder, out, mode="resume")
+    assert Trace(out).runs()["run"].tolist() == ["other", "texts"]
+
+
+def test_a_file_without_all_texts_is_not_finished_by_resuming_without_its_parts(folder: Path, tmp_path: Path):
+    begun(folder, tmp_path / "x.duckdb.parts", n=1)
+    parts.finish(tmp_path / "x.duckdb.parts", "texts", "interrupted")
+    merge([tmp_path / "x.duckdb.parts"], tmp_path / "x.duckdb")
+    shutil.move(tmp_path / "x.duckdb.parts", tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"\d+ of the 48 texts.* are gone.*--overwrite"):
         spread(folder, tmp_path / "x.duckdb", mode="resume")
+    assert Trace(tmp_path / "x.duckdb").runs()["status"].tolist() == ["interrupted"]
 
 
 def test_more_gpus_than_there_are_is_refused(cluster):
@@ -369,6 +510,49 @@ def test_a_cluster_that_does_not_answer(monkeypatch):
         engine._cluster("10.0.0.1:6379"),
     ):
         pass
+
+
+def test_ray_does_not_keep_the_handler_of_sigterm(monkeypatch):
+    def init(*_: object, **__: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    for name, double in {"is_initialized": lambda: False, "init": init, "shutdown": lambda: None}.items():
+        monkeypatch.setattr(ray, name, double)
+    before = signal.getsignal(signal.SIGTERM)
+    with engine._cluster("10.0.0.1:6379"):
+        now = signal.signal(signal.SIGTERM, before)
+    assert now is before
+
+
+def test_workers_with_gpus_are_asked_for_as_ray_takes_it(cluster, monkeypatch):
+    monkeypatch.setattr(engine, "START_SECONDS", 2)
+    places: list[Any] = []
+    remote = ray.remote
+
+    def noted(*what: Any, **how: Any) -> Any:
+        places.append(how.get("scheduling_strategy"))
+        return remote(*what, **how)
+
+    monkeypatch.setattr(ray, "remote", noted)
+    work = Work("/nowhere", "texts", [], [], "demo", {}, None, "model", 0)
+    shard = ray.put(pa.table({"shard": [b""], "tokens": [1]}))
+    with pytest.raises(RunError, match="1 workers with 0.5 CPUs and 1 GPUs each found no place within 2 s"):
+        next(engine._outcomes([shard], work, engine.Claim(1, 0.5, 1.0, 1)))
+    (place,) = [place for place in places if isinstance(place, engine.NodeAffinitySchedulingStrategy)]  # of Tries
+    assert place.node_id == ray.get_runtime_context().get_node_id() and not place.soft
+
+
+def test_why_workers_broke_off_is_told_in_one_line_that_a_terminal_can_take():
+    def after(error: Exception, before: Exception) -> Exception:
+        error.__cause__ = before
+        return error
+
+    silent = engine.SystemException()
+    found = engine.RayTaskError("f", "tb", ValueError("\x1b[31mno\x07 room\nat all"), "ray::f", 1, "10.0.0.1")
+    assert engine._why(after(found, silent)) == r"ValueError: \x1b[31mno\x07 room"
+    assert engine._why(after(silent, found)) == r"ValueError: \x1b[31mno\x07 room"
+    assert engine._why(after(engine.RayError("it died."), engine.SystemException())) == "RayError: it died"
+    assert engine._why(AssertionError()) == "AssertionError"
 
 
 def test_without_ray_the_extra_is_named(folder: Path, tmp_path: Path):

@@ -398,6 +398,18 @@ def test_refused_on_the_command_line(
     assert not (tmp_path / "t.duckdb").exists()
 
 
+@pytest.mark.parametrize("sleeper", ["0", "1"])
+def test_a_refusal_of_one_rank_does_not_wait_for_the_others(
+    double: Double, model: Path, corpus: Path, tmp_path: Path, sleeper: str
+) -> None:
+    double.behave(loading="time.sleep(600)")
+    arguments = double.folder / "engine" / "arg_utils.py"
+    lazily = f"import os, time\nif os.environ['VLLM_DP_RANK'] == '{sleeper}': time.sleep(600)\n"
+    arguments.write_text(lazily + arguments.read_text())
+    with pytest.raises(InputError, match="knows no engine argument wings"):
+        vllm.trace(model, corpus, tmp_path / "t.duckdb", data_parallel=2, engine_args={"wings": 2}, progress=False)
+
+
 def test_without_an_environment(model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORKBENCH_VLLM_PYTHON", raising=False)
     monkeypatch.setattr(vllm, "PYTHON", tmp_path / "none")
@@ -408,6 +420,10 @@ def test_without_an_environment(model: Path, corpus: Path, tmp_path: Path, monke
     empty.chmod(0o755)
     with pytest.raises(InputError, match="has no vllm and no pyarrow"):
         vllm.trace(model, corpus, tmp_path / "t.duckdb", python=empty)
+    for content in ("", "#!/no/such/python\n"):
+        empty.write_text(content)
+        with pytest.raises(InputError, match=r"python can't be run \(.*\): name a Python interpreter"):
+            vllm.trace(model, corpus, tmp_path / "t.duckdb", python=empty)
 
 
 def test_families_that_vllm_has_no_rows_for() -> None:

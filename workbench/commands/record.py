@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from datetime import UTC, datetime
 from enum import Enum
 from typing import Annotated, Any
 
@@ -164,6 +165,7 @@ def trace(
     if recipe is not None:
         read_recipe(recipe)
     replayed = None if replay is None else _replay(replay)
+    began = datetime.now(UTC).replace(tzinfo=None)  # as a trace has it
     handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -211,13 +213,15 @@ def trace(
     except KeyboardInterrupt:
         for which in handlers:  # a second one is not to swallow the message
             signal.signal(which, signal.SIG_IGN)
-        kept = f"what {out} holds is whole; the same command with --resume" if _begun(out) else "the same command"
-        print(f"interrupted: {kept} finishes it", file=sys.stderr)
+        again = _again(out, mode, began)
+        kept = "" if again is None else f"what {out} holds is whole; "
+        print(f"interrupted: {kept}{again or 'the same command'} finishes it", file=sys.stderr)
         raise typer.Exit(130) from None
     except RunError as error:
-        if "--resume" in str(error) or not _begun(out):
+        again = None if "--resume" in str(error) else _again(out, mode, began)
+        if again is None:
             raise
-        kept = f"What {out} holds is whole; the same command with --resume goes on from there."
+        kept = f"What {out} holds is whole; {again} goes on from there."
         raise RunError(f"{str(error).rstrip('.')}. {kept}") from error
     finally:
         for which, handler in handlers.items():
@@ -237,9 +241,26 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _begun(out: str) -> bool:
-    """Whether there is something of the run: its trace, or parts that were to become it."""
-    return exists(out) or exists(f"{out}.parts")
+def _again(out: str, mode: str, began: datetime) -> str | None:
+    """The command that goes on with the run; None if nothing of it has been written since this one began."""
+    since = datetime.min if mode == "resume" else began
+    if not any(when >= since for name in (out, f"{out}.parts") for when in _starts(name)):
+        return None
+    instead = {"new": " with --resume", "resume": ""}
+    return "the same command" + instead.get(mode, f" with --resume in place of --{mode}")
+
+
+def _starts(out: str) -> list[datetime]:
+    """When the runs of a trace began; none if there is no trace that can be read."""
+    if not exists(out):
+        return []
+    from workbench import schema
+
+    try:
+        with schema.reading(out, wait=1) as con:
+            return [started for (started,) in con.execute("SELECT started FROM runs").fetchall()]
+    except InputError:
+        return []
 
 
 def _names(text: str) -> list[str]:

@@ -5,18 +5,21 @@ Data hands the shards, token ids and metadata, to workers that each hold the mod
 parts (docs/parts.md), and only numbers come back. At the end a DuckDB file is loaded from the parts, or the folder of
 parts is the trace.
 
-A part is named after its first batch, so a worker that is tried again writes the same parts anew, and `--resume` runs
-the batches whose sequences no part has: nothing is lost, nothing is there twice.
+A part is named after its run and its first batch, so a worker that is tried again writes the same parts anew, and
+`--resume` runs the batches whose sequences no part has: nothing is lost, nothing is there twice.
 """
 
 import logging
+import math
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from collections.abc import Sequence as Several
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +28,19 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from workbench import bundled, parts, schema
 from workbench import corpus as corpora
-from workbench import parts, schema
 from workbench.capture import prepare
 from workbench.combine import merge
 from workbench.errors import InputError, RunError
 from workbench.folder import held
 from workbench.intervening import check_touched
+from workbench.interventions import AnyIntervention, Contrast, Replay
 from workbench.job import Job, observing, progress_bar, untold
 from workbench.location import Url, located
 from workbench.models import load
+from workbench.printing import plain
+from workbench.recipe import Recipe
 from workbench.run_rows import layer_rows
 from workbench.store import Writer, check_target
 from workbench.tokenization import Sequence, batches
@@ -45,7 +51,8 @@ try:
     import ray.data
     from ray._private import worker as driver
     from ray.data.exceptions import SystemException
-    from ray.exceptions import GetTimeoutError, RayError
+    from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as missing:
     raise InputError(f"--engine ray needs Ray ({missing}): pip install 'moe-workbench[scale]'") from missing
 
@@ -116,7 +123,7 @@ def trace(
         pass  # what doesn't fit the model is refused here, not in each worker
     header = job.header | {"versions": job.header["versions"] | {"ray": ray.__version__}}
     if mode == "resume" and file is not None and file.exists():
-        Trace(file, header["run"])  # refuses a file with other runs, which would be replaced
+        _check_resumed(file, folder, header)
         if not held(folder):
             with Writer(file, header, job.layers, mode=mode):  # refuses a run that isn't the same; this one has ended
                 return Trace(file, header["run"])
@@ -127,26 +134,18 @@ def trace(
         run=header["run"],
         layers=layer_rows(header["run"], job.layers),
         record=job.record,
-        model=str(model),
+        model=_from_anywhere(model),
         loading=loading | {"device": device},
-        recipe=job.recipe,
+        recipe=_replaying_from_anywhere(job.recipe),
         experts=job.experts,
         generate=generate,
     )
     with _locked(file or folder), _cluster(address):
         claim = _claim(workers, gpus)
-        parts.begin(folder, header, job.layers, mode=mode)
-        status = "failed"
-        try:
-            with progress_bar(job, progress is True) as bar:
-                told = progress if callable(progress) else untold
-                _run(job, work, claim, batches(job.texts(), batch_tokens), bar, told)
-            status = "finished"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            parts.finish(folder, work.run, status)
+        with _begun(folder, header, job.layers, mode), progress_bar(job, progress is True) as bar:
+            told = progress if callable(progress) else untold
+            _run(job, work, claim, batches(job.texts(), batch_tokens), bar, told)
+            _check_arrived(folder, header)
         if file is not None:
             merge([folder], file, overwrite=mode in ("overwrite", "resume"))
             shutil.rmtree(folder)
@@ -157,9 +156,15 @@ def trace(
 
 
 def _gpus(asked: float | None, device: str) -> float:
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} can't be used: {schema.first_line(error)}. Take cpu or cuda.") from error
     kind = device.partition(":")[0]
     gpus = (1.0 if kind == "cuda" else 0.0) if asked is None else asked
-    if gpus < 0 or (gpus > 0) != (kind == "cuda"):
+    if not math.isfinite(gpus) or gpus < 0 or (gpus > 1 and gpus != int(gpus)):
+        raise InputError(f"--worker-gpus {gpus:g}: expected a whole number, or a fraction of one GPU.")
+    if (gpus > 0) != (kind == "cuda"):
         raise InputError(f"--worker-gpus {gpus:g} and --device {device}: GPUs go with cuda, and only with it.")
     if ":" in device:
         raise InputError(f"--device {device}: Ray chooses each worker's GPU; give --device {kind}.")
@@ -184,6 +189,43 @@ def _targets(out: str | os.PathLike, mode: str) -> tuple[Path | Url, Path | None
             "--overwrite."
         )
     return folder, there
+
+
+def _check_resumed(file: Path, folder: Path | Url, header: Mapping[str, Any]) -> None:
+    """InputError unless the file holds this run alone, and, where there are no parts to continue with, all of it."""
+    with schema.reading(file) as con:
+        there = [row["run"] for row in schema.runs(con)]
+    run, expected = header["run"], header["corpus"]["sequences"]
+    if there != [run]:
+        raise InputError(
+            f"{file} would be replaced by the run {run!r}, but it holds {', '.join(map(repr, there)) or 'no run'}: "
+            "move it elsewhere, or resume with the --run and --out that were given before."
+        )
+    found = Trace(file, run).n_sequences
+    if found < expected and not held(folder):
+        raise InputError(
+            f"{file} has {found:,} of the {expected:,} texts, and the parts that it was loaded from, {folder}, are "
+            "gone, so the run can't be resumed: put them back, or trace anew with --overwrite."
+        )
+
+
+def _from_anywhere(model: str | Path) -> str:
+    """The name of a model for a process that may have been started in another folder."""
+    path = Path(model).expanduser()
+    return str(path.absolute()) if str(model) not in bundled.MODELS and path.is_dir() else str(model)
+
+
+def _replaying_from_anywhere(recipe: Recipe | None) -> Recipe | None:
+    """The recipe for such a process: with the whole path of a trace that it replays."""
+
+    def absolute(edit: AnyIntervention) -> Any:
+        if isinstance(edit, Contrast):
+            return replace(edit, weak=[absolute(one) for one in edit.weak])
+        if not isinstance(edit, Replay) or isinstance(there := located(edit.trace), Url):
+            return edit
+        return replace(edit, trace=str(there.absolute()))
+
+    return None if recipe is None else replace(recipe, interventions=tuple(map(absolute, recipe.interventions)))
 
 
 @contextmanager
@@ -223,7 +265,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     driver._worker_logs_enabled = False  # it prints a paragraph where a worker dies
     try:
         try:
-            with _quiet():
+            with _quiet(), _own_handler(signal.SIGTERM):
                 ray.init(where, log_to_driver=False, logging_level=logging.ERROR, **local)
         except (ConnectionError, RuntimeError, ValueError, RayError) as error:
             raise RunError(
@@ -235,6 +277,17 @@ def _cluster(address: str | None) -> Iterator[None]:
         driver._worker_logs_enabled = True
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _own_handler(which: signal.Signals) -> Iterator[None]:
+    """The signal's handler after the block is that of before: Ray's would abort this process."""
+    handler = signal.getsignal(which)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():  # no other may set one
+            signal.signal(which, handler)
 
 
 @contextmanager
@@ -279,6 +332,47 @@ def _claim(workers: int, gpus: float) -> Claim:
 # --- the run
 
 
+@contextmanager
+def _begun(folder: Path | Url, header: Mapping[str, Any], layers: list[dict[str, Any]], mode: str) -> Iterator[None]:
+    """The run in the folder, which says at the end how it ended.
+
+    A trace that the run made, and that it failed to write a row of, is removed: it would only be in the way.
+    """
+    made = mode == "overwrite" or not held(folder)
+    there = isinstance(folder, Path) and folder.exists()
+    parts.begin(folder, header, layers, mode=mode)
+    status = "failed"
+    try:
+        yield
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        if status == "failed" and made and not _done(folder, header["run"]):
+            parts.remove(folder)
+            if isinstance(folder, Path) and not there and not held(folder):
+                folder.rmdir()
+        else:
+            parts.finish(folder, header["run"], status)
+
+
+def _done(folder: Path | Url, run: str) -> set[int]:
+    """The run's sequences that parts have."""
+    with schema.reading(folder) as con:
+        return {seq for (seq,) in con.execute("SELECT seq FROM sequences WHERE run = ?", [run]).fetchall()}
+
+
+def _check_arrived(folder: Path | Url, header: Mapping[str, Any]) -> None:
+    """RunError unless the parts that the workers have written are in the folder, as this process sees it."""
+    found, expected = len(_done(folder, header["run"])), header["corpus"]["sequences"]
+    if found < expected:
+        raise RunError(
+            f"{folder} has {found:,} of the {expected:,} texts: the workers' parts aren't where this process looks. "
+            "--out has to be a place that all machines see."
+        )
+
+
 def _run(
     job: Job,
     work: Work,
@@ -288,9 +382,7 @@ def _run(
     told: Callable[[int, int], None],
 ) -> None:
     """Every batch that no part has yet. Raises what a worker ran into."""
-    with schema.reading(work.folder) as con:
-        query = "SELECT seq FROM sequences WHERE run = ?"
-        done = {seq for (seq,) in con.execute(query, [work.run]).fetchall()}
+    done = _done(located(work.folder), work.run)
     size = min(SHARD_TOKEN_LAYERS // len(work.layers), job.n_tokens // (SHARDS * claim.workers))
     refs, n_done = [], job.n_tokens
     for shard in shards(found, done, max(1, size), work.generate):
@@ -322,13 +414,16 @@ def _outcomes(refs: list[Any], work: Work, claim: Claim) -> Generator[dict[str, 
     context.enable_progress_bars = context.print_on_execution_start = False
     context.wait_for_min_actors_s = int(START_SECONDS)
     context.execution_no_progress_timeout_s = -1  # a shard takes as long as it takes
+    context.raise_original_map_exception = True  # else all that is said of it is that there was one
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     with ray.data.DataContext.current(context):
-        tries: Any = ray.remote(num_cpus=0)(Tries).remote()
+        # Where the driver is: if that machine goes away all is over anyway, and any other may.
+        place: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        tries: Any = ray.remote(num_cpus=0, scheduling_strategy=place)(Tries).remote()
         dataset = ray.data.from_arrow_refs(refs).map_batches(
             Worker,
             fn_constructor_args=(work, claim.threads, tries),
-            batch_size=None,
+            batch_size=1,  # a shard; with GPUs Ray wants a number
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=min(claim.workers, len(refs)), max_tasks_in_flight_per_actor=1),
             num_cpus=claim.cpus,
@@ -339,13 +434,20 @@ def _outcomes(refs: list[Any], work: Work, claim: Claim) -> Generator[dict[str, 
     except GetTimeoutError as error:
         raise _stalled(claim) from error
     except (RayError, SystemException) as error:
-        first: BaseException = error
-        while first.__cause__ is not None:
-            first = first.__cause__
-        why = f"{type(first).__name__}: {schema.first_line(first)}"  # type: ignore[arg-type]
-        raise RunError(f"the workers broke off: {why}. --resume continues with what is missing.") from error
+        raise RunError(f"the workers broke off: {_why(error)}. --resume continues with what is missing.") from error
     finally:
         ray.kill(tries)
+
+
+def _why(error: BaseException) -> str:
+    """What Ray's error began with, in one line."""
+    while True:
+        before = error.cause if isinstance(error, RayTaskError) else error.__cause__
+        if before is None or (isinstance(before, SystemException) and before.__cause__ is None):  # it says nothing
+            break
+        error = before
+    said = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+    return plain(f"{type(error).__name__}: {said}" if said else type(error).__name__)
 
 
 def _stalled(claim: Claim) -> RunError:

@@ -101,7 +101,8 @@ class Worker:
             return [] if applied is None else applied.touched
 
     def _write(self, first: int, gathered: Transaction) -> None:
-        parts.write(located(self._work.folder), f"{first:08}", gathered)
+        # A folder can hold several runs, and each has a batch of this number.
+        parts.write(located(self._work.folder), f"{parts.file_of(self._work.run)}-{first:08}", gathered)
         gathered.clear()
 
 

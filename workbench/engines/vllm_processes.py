@@ -49,8 +49,8 @@ class Processes:
                 several = {"RANK": str(rank), "SIZE": str(ranks), "MASTER_IP": "127.0.0.1", "MASTER_PORT": port}
                 parallel = {f"VLLM_DP_{name}": value for name, value in several.items()} if ranks > 1 else {}
                 environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | QUIET | parallel
-                self.started.append(
-                    subprocess.Popen(
+                try:
+                    process = subprocess.Popen(
                         [interpreter, script, self.folder, str(rank)],
                         stdin=subprocess.PIPE,
                         stdout=log,
@@ -59,17 +59,19 @@ class Processes:
                         env=environment,
                         start_new_session=True,
                     )
-                )
+                except OSError as error:
+                    why = error.strerror or error
+                    raise InputError(f"{interpreter} can't be run ({why}): name a Python interpreter.") from error
+                self.started.append(process)
 
     def begin(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What the first says of itself once all have loaded the model. InputError if the environment can't."""
         for process in self.started:
             self._tell(process, request)
-        said = [json.loads(self._wait(self.folder / f"{rank}.ready")) for rank in range(len(self.started))]
-        for one in said:
-            if "refused" in one:
-                raise InputError(f"{self.started[0].args[0]} {plain(one['refused'])}.")  # type: ignore[index]
-        return said[0]
+        for rank in range(len(self.started)):
+            self._wait(self._ready(rank))
+            self._check_accepted(rank)
+        return json.loads(self._ready(0).read_bytes())
 
     def ask(self, number: int, batch: list[Sequence]) -> None:
         table = pa.table({"token_ids": pa.array([sequence.token_ids for sequence in batch], pa.list_(pa.int32()))})
@@ -94,6 +96,16 @@ class Processes:
             except subprocess.TimeoutExpired:
                 return  # it has answered everything
 
+    def _ready(self, rank: int) -> Path:
+        return self.folder / f"{rank}.ready"
+
+    def _check_accepted(self, rank: int) -> None:
+        """InputError if the process has refused what it was asked, after which it ends."""
+        ready = self._ready(rank)
+        said = json.loads(ready.read_bytes()) if ready.exists() else {}
+        if "refused" in said:
+            raise InputError(f"{self.started[rank].args[0]} {plain(said['refused'])}.")  # type: ignore[index]
+
     def _tell(self, process: subprocess.Popen, what: Any) -> None:
         assert process.stdin is not None
         try:
@@ -104,11 +116,12 @@ class Processes:
             raise self._failed(process) from None
 
     def _wait(self, path: Path) -> bytes:
-        """The content of a file once it is there; RunError if a process ends before."""
+        """The content of a file once it is there. RunError if a process ends before, InputError if it has refused."""
         while not path.exists():
-            ended = next((process for process in self.started if process.poll() is not None), None)
+            ended = next((rank for rank, process in enumerate(self.started) if process.poll() is not None), None)
             if ended is not None and not path.exists():  # it may have come in between
-                raise self._failed(ended)
+                self._check_accepted(ended)
+                raise self._failed(self.started[ended])
             time.sleep(0.02)
         return path.read_bytes()
 
