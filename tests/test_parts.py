@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import blocks
+import duckdb
 import fsspec
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from workbench import analysis, parts, query, schema
 from workbench.combine import merge
 from workbench.errors import InputError, RunError
 from workbench.export import export
-from workbench.location import Url, located
+from workbench.location import Url, filesystem, located
 from workbench.tracefile import Trace, info
 from workbench.validate import validate
 
@@ -315,11 +316,19 @@ def test_a_column_that_is_missing_is_named(local: Path):
 # --- confined
 
 
+def serialized(sql: str) -> str:
+    """The query as JSON, as it stands in a string of SQL."""
+    with duckdb.connect() as con:
+        return con.execute("SELECT json_serialize_sql(?)", [sql]).fetchall()[0][0].replace("'", "''")
+
+
 def test_a_question_sees_the_folder_only(folder: str, tmp_path: Path):
     trace = write_folder(folder, GROUPS)
     secret = tmp_path / "secret.parquet"
     pq.write_table(pa.table({"a": [1]}), secret)
     inside = str(located(folder) / "new.csv")
+    copying = f"WITH x AS (COPY (SELECT 1) TO '{inside}') SELECT 1"
+    twice = serialized(copying).replace("'", "''")
     bad = [
         f"SELECT * FROM read_parquet('{secret}')",
         f"FROM '{secret}'",
@@ -327,6 +336,15 @@ def test_a_question_sees_the_folder_only(folder: str, tmp_path: Path):
         "SELECT * FROM glob('/*')",
         f"COPY (SELECT 1) TO '{inside}'",
         f"COPY (SELECT 1) TO '{tmp_path}/new.csv'",
+        f"COPY (PIVOT sequences ON lang USING count(*)) TO '{inside}'",
+        f"EXPLAIN ANALYZE COPY (PIVOT sequences ON lang USING count(*)) TO '{inside}'",
+        f"WITH x AS (COPY (PIVOT sequences ON lang USING count(*)) TO '{inside}') SELECT 1",
+        f"WITH x AS (COPY (SELECT 1) TO '{inside}') SELECT 1",
+        f"WITH x AS NOT MATERIALIZED (/* */ COPY (SELECT 1) TO '{inside}') SELECT 1",
+        f"WITH x AS (\u200bCOPY (SELECT 1) TO '{inside}') SELECT 1",
+        f"FROM json_execute_serialized_sql('{serialized(copying)}')",
+        f"FROM query('FROM json_execute_serialized_sql(''{twice}'')')",
+        f"SELECT 1 FROM enable_profiling(format = 'json', save_location = '{inside}')",
         f"ATTACH '{inside}'",
         "SET enable_external_access = true",
         "CREATE TABLE x AS SELECT 1",
@@ -335,12 +353,14 @@ def test_a_question_sees_the_folder_only(folder: str, tmp_path: Path):
         "INSTALL httpfs",
         "FROM secret",
     ]
-    before = rows_of(folder)
+    fs, root = filesystem(located(folder))
+    before = {name: fs.cat_file(name) for name in fs.find(root)}
     for sql in bad:
         for ask in (trace.sql, lambda sql: query.ask(folder, sql)):
             with pytest.raises(InputError):
                 ask(sql)
-    assert rows_of(folder) == before and not (tmp_path / "new.csv").exists()
+        assert {name: fs.cat_file(name) for name in fs.find(root)} == before, sql
+    assert not (tmp_path / "new.csv").exists()
 
 
 def test_a_url_reads_nothing_but_parts(tmp_path: Path):

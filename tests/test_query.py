@@ -32,6 +32,15 @@ QUESTIONS = (
     "explain analyze\n SELECT count(*) FROM routing",
     "PRAGMA table_info('tokens')",
     "-- a comment\nSELECT 1 -- another",
+    "EXPLAIN/**/SELECT 1",
+    "EXPLAIN (FORMAT json) SELECT 1",
+    "EXPLAIN ((SELECT 1))",
+    "EXPLAIN PIVOT tokens ON phase USING count(*)",
+    "(PIVOT tokens ON phase USING count(*)) LIMIT 1; -- done",
+    "WITH a AS (PIVOT tokens ON phase USING count(*)) SELECT 1 AS copy",
+    "SELECT (copy), ' AS (COPY ' AS \"AS\" FROM (SELECT 1 AS copy)",
+    "WITH delete AS (SELECT 1 AS insert) SELECT count(insert) OVER w FROM delete WINDOW w AS (ORDER BY insert)",
+    "WITH\u00a0a AS (SELECT '\u00e9' AS b) SELECT b FROM a -- \u00e9",
 )
 
 
@@ -59,6 +68,14 @@ ATTACKS = (
     "COPY (SELECT 1) TO '/dev/stdout'",
     "COPY tokens FROM '{secret}'",
     "EXPLAIN ANALYZE COPY tokens TO '{out}'",
+    "COPY (PIVOT sequences ON lang USING count(*)) TO '{out}'",
+    "EXPLAIN ANALYZE COPY (PIVOT sequences ON lang USING count(*)) TO '{out}'",
+    "WITH x AS (COPY (SELECT 1) TO '{out}') SELECT 1",
+    "WITH x AS (COPY (PIVOT sequences ON lang USING count(*)) TO '{out}') SELECT 1",
+    "WITH x AS MATERIALIZED (DELETE FROM tokens RETURNING *) SELECT 1",
+    "CREATE TABLE t AS PIVOT sequences ON lang",
+    "EXPLAIN/**/DELETE FROM tokens",
+    "EXPLAIN (ANALYZE) COPY tokens TO '{out}'",
     "EXPORT DATABASE '{out}'",
     "IMPORT DATABASE '{out}'",
     "ATTACH '{out}' AS other",
@@ -111,6 +128,12 @@ def test_attacks_are_refused(trace, tmp_path, attack):
     assert trace.path.read_bytes() == before and list(tmp_path.iterdir()) == [secret]
 
 
+@pytest.mark.parametrize("sql", ["SELECT 1; SELECT 2", "CREATE TEMP TABLE t AS SELECT 1", "BEGIN", "SET threads = 1"])
+def test_a_trace_takes_questions_only(trace, sql):
+    with pytest.raises(InputError, match="only questions can be asked|expected one query"):
+        trace.sql(sql)
+
+
 def test_messages_say_what_to_do(trace):
     def said(sql: str) -> str:
         with pytest.raises(InputError) as refused:
@@ -119,6 +142,8 @@ def test_messages_say_what_to_do(trace):
 
     assert "empty" in said("") and "empty" in said("-- only a comment")
     assert said("DROP TABLE tokens").startswith("DROP is refused: only questions")
+    assert said("COPY (PIVOT sequences ON lang) TO 'x'").startswith("COPY is refused: only questions")
+    assert said("FROM query('SELECT 1')") == "The function query is refused: write the query itself."
     assert "2 statements" in said("SELECT 1; SELECT 2")
     assert "no files and no network" in said("SELECT * FROM 'x.csv'")
     assert "(a, b)" in said("SELECT $a, $b")

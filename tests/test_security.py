@@ -27,11 +27,12 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
+from blocks import LAYERS, RUN
 from commandline import Command
 from routed import random_trace
 
 from workbench import corpus, files, models, query, schema
-from workbench.combine import merge
+from workbench.combine import attached, merge, working
 from workbench.dataset_folder import export_dataset
 from workbench.errors import InputError, RunError
 from workbench.export import export, save_table
@@ -39,6 +40,7 @@ from workbench.extract import sample, split
 from workbench.figures import plain, save
 from workbench.importers import FORMATS, import_routing, vllm
 from workbench.recipe import read_recipe
+from workbench.store import Writer
 from workbench.tracefile import Trace
 from workbench.validate import validate
 
@@ -180,6 +182,15 @@ def everything(path: Path, folder: Path) -> None:
             assert "hush" not in str(refused)
 
 
+VIEW_AS_TABLE = f"""
+    ALTER TABLE vocabulary RENAME TO words;
+    CREATE VIEW vocabulary AS SELECT run, token_id, {{text}} AS text FROM words;
+    CREATE MACRO duckdb_tables() AS TABLE SELECT unnest({[*schema.columns()]}) AS table_name, false AS internal,
+        'main' AS schema_name, system.main.current_database() AS database_name"""
+"""A view that a macro says is a table."""
+LOGGING = "enable_logging('QueryLog', storage='file', storage_config=struct_pack(path := '{secret}'[:-4] || '.log'))"
+
+
 @pytest.mark.parametrize(
     "attack",
     [
@@ -189,6 +200,11 @@ def everything(path: Path, folder: Path) -> None:
         "CREATE MACRO list_transform(a, b) AS (SELECT [content] FROM read_text('{secret}'))",
         "CREATE MACRO len(a) AS (SELECT length(content) FROM read_text('{secret}'))",
         "DROP TABLE profiles; CREATE VIEW profiles AS SELECT content AS run FROM read_text('{secret}')",
+        VIEW_AS_TABLE.format(text="(SELECT content FROM read_text('{secret}'))"),
+        VIEW_AS_TABLE.format(text="(SELECT 'x' FROM enable_profiling(format='json', save_location='{secret}'))"),
+        "CREATE MACRO max(a) AS (SELECT 3 FROM enable_profiling(format='json', save_location='{secret}'))",
+        f"CREATE MACRO max(a) AS (SELECT 3 FROM {LOGGING})",
+        f"CREATE OR REPLACE VIEW selections AS SELECT 3 AS run FROM {LOGGING}",
     ],
 )
 def test_the_sql_in_a_trace_reads_no_file(attack: str, tmp_path: Path, secret: Path):
@@ -198,8 +214,62 @@ def test_the_sql_in_a_trace_reads_no_file(attack: str, tmp_path: Path, secret: P
     with duckdb.connect(str(path)) as con:
         con.execute(attack.format(secret=secret))
     everything(path, tmp_path / "out")
+    assert secret.read_text() == "hush" and not secret.with_suffix(".log").exists()
     for file in (tmp_path / "out").rglob("*"):
         assert file.is_dir() or b"hush" not in file.read_bytes(), file
+
+
+def test_a_view_is_no_table(tmp_path: Path):
+    """Whatever the macros of the trace say."""
+    path = tmp_path / "t.duckdb"
+    random_trace(path)
+    with duckdb.connect(str(path)) as con:
+        con.execute(VIEW_AS_TABLE.format(text="'x'"))
+    for ask in (lambda: Trace(path), lambda: merge([path], tmp_path / "merged.duckdb")):
+        with pytest.raises(InputError, match="lacks the tables vocabulary"):
+            ask()
+
+
+def test_what_is_merged_is_confined(tmp_path: Path, secret: Path):
+    """From when the traces are attached, before anything in them is read; a folder's files can still be."""
+    path = tmp_path / "t.duckdb"
+    random_trace(path)
+    merge([path], f"{tmp_path / 'parts'}/")
+    for out in (None, tmp_path / "out.duckdb"):
+        if out is not None:
+            schema.create(out)
+        with working(out) as con:
+            attached(con, [tmp_path / "parts"])
+            assert con.execute("SELECT count(*) FROM t0.tokens").fetchall() != [(0,)]
+            for attack in (f"FROM read_text('{secret}')", f"COPY (SELECT 1) TO '{secret}'", "SET threads = 1"):
+                with pytest.raises((duckdb.PermissionException, duckdb.InvalidInputException)):
+                    con.execute(attack)
+    assert secret.read_text() == "hush"
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "INSERT INTO vocabulary SELECT 'x', 0, content FROM read_text('{secret}')",
+        "INSERT INTO vocabulary SELECT 'x', 0, 'y' FROM enable_profiling(format='json', save_location='{secret}')",
+        f"INSERT INTO vocabulary SELECT 'x', 0, 'y' FROM {LOGGING}",
+    ],
+)
+@pytest.mark.parametrize("mode", ["append", "resume"])
+def test_the_triggers_of_a_trace_reach_no_file(action: str, mode: str, tmp_path: Path, secret: Path):
+    """They run when a run is added to the trace, or goes on."""
+    path = tmp_path / "t.duckdb"
+    with Writer(path, RUN, LAYERS):
+        pass
+    with duckdb.connect(str(path)) as con:
+        for event in ("INSERT", "UPDATE"):
+            con.execute(
+                f"CREATE TRIGGER t{event} AFTER {event} ON runs FOR EACH STATEMENT {action}".format(secret=secret)
+            )
+    with pytest.raises(RunError), Writer(path, RUN | ({"run": "b"} if mode == "append" else {}), LAYERS, mode=mode):
+        pass
+    assert secret.read_text() == "hush" and not secret.with_suffix(".log").exists()
+    assert Trace(path, RUN["run"]).sql("FROM vocabulary").empty
 
 
 def test_values_of_a_trace_are_no_paths(tmp_path: Path):
@@ -398,6 +468,22 @@ def test_spilled_data_is_for_its_owner_only(tmp_path: Path):
     assert folder.parent.stat().st_mode & 0o077 == 0
     other = schema.in_memory().execute("SELECT current_setting('temp_directory')").fetchall()[0][0]
     assert Path(other) != folder and Path(other).parent == folder.parent
+
+
+def test_a_trace_spills_nothing_beside_it(tmp_path: Path):
+    """A query over a file that sorts more than its memory holds."""
+    path = tmp_path / "t.duckdb"
+    random_trace(path)
+    with schema.writing(path, wait=1) as con:
+        written = con.execute("SELECT current_setting('temp_directory')").fetchall()
+    before = sorted(tmp_path.iterdir())
+    with schema.reading(path) as con:
+        con.execute("SET memory_limit = '60MB'")
+        assert con.execute("SELECT current_setting('temp_directory')").fetchall() == written
+        con.execute("SELECT hash(i) AS h, md5(i::VARCHAR) AS m FROM range(2000000) a(i) ORDER BY h, m").fetchone()
+        folder = Path(written[0][0])
+        assert list(folder.iterdir()) and folder.parent.stat().st_mode & 0o077 == 0
+        assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_page_listens_on_this_machine_only():

@@ -210,7 +210,8 @@ def test_sql(path):
     assert frame.to_dict("records") == [{"lang": "en", "n": 21}]
     with pytest.raises(InputError, match="the query failed.*nope"):
         trace.sql("SELECT nope FROM tokens")
-    assert isinstance(trace.sql("SELECT 1 AS one; SELECT 2 AS two"), pd.DataFrame)
+    with pytest.raises(InputError, match="There are 2 statements"):
+        trace.sql("SELECT 1 AS one; SELECT 2 AS two")
 
 
 def test_sql_stays_inside(path, tmp_path, monkeypatch):

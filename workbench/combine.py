@@ -18,7 +18,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from workbench import parts, schema
+from workbench import folder, parts, schema
 from workbench.errors import InputError, RunError
 from workbench.folder import FORMAT_FILE, held
 from workbench.location import Url, located
@@ -89,12 +89,19 @@ def merge(
 def attached(
     con: duckdb.DuckDBPyConnection, traces: Sequence[str | os.PathLike], renumber: bool = False
 ) -> dict[str, Run]:
-    """Attach the traces as t0, t1, …; returns the runs that they make together, by name, in order of their start."""
+    """Attach the traces as t0, t1, …; returns the runs that they make together, by name, in order of their start.
+
+    From then on `con` can open no other file, but for the trace that it writes.
+    """
     runs: dict[str, Run] = {}
     for number, path in enumerate(traces):
-        source = f"t{number}"
         schema.connect(path).close()  # refuses what is no trace, with the reason
-        schema.attach(con, path, source)
+        schema.attach(con, path, f"t{number}")
+    # Before anything in them is read: it could be somebody else's SQL.
+    folder.confine(con, *map(located, traces))
+    schema.lock(con)
+    for number, path in enumerate(traces):
+        source = f"t{number}"
         for row in con.sql(f"FROM {source}.runs ORDER BY started, run").to_arrow_table().to_pylist():
             layers = con.sql(f"FROM {source}.layers WHERE run = ? ORDER BY layer", params=[row["run"]])
             found = Run(row, layers.to_arrow_table().to_pylist())
@@ -191,9 +198,13 @@ def _check_texts(con: duckdb.DuckDBPyConnection, name: str, run: Run) -> None:
 
 @contextmanager
 def working(path: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection, to the trace at `path` or to none, that may read and write files: for our own SQL."""
-    con = schema.in_memory() if path is None else schema.connect(path, read_only=False)
+    """A connection, to our own trace at `path` or to none, that may read and write files: for our own SQL, until
+    `attached` confines it."""
+    con = schema.in_memory()
     try:
+        if path is not None:
+            con.execute(f"ATTACH {schema.quoted(path)} AS made")
+            con.execute("USE made")
         yield con
     except duckdb.Error as error:
         raise RunError(f"nothing was written: {schema.first_line(error)}") from error

@@ -1,7 +1,8 @@
 """SQL that a user types: what may be asked, examples, and the answer up to a size that a page can hold.
 
 Two walls stand between a query and the machine. `check` lets only questions through, one at a time: SELECT and what is
-short for it (FROM …, VALUES, PIVOT, DESCRIBE, SUMMARIZE, SHOW), EXPLAIN of one of these, and PRAGMAs that only tell.
+short for it (FROM …, VALUES, PIVOT, DESCRIBE, SUMMARIZE, SHOW), EXPLAIN of one of these, and PRAGMAs that only tell;
+none of them with a part that writes.
 And the connection that answers is read-only and confined to the trace (workbench.schema.reading): it can open no other
 file, reach no network, and change no setting.
 """
@@ -10,8 +11,8 @@ import os
 import re
 import threading
 import time
-from contextlib import suppress
 from textwrap import dedent
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -29,7 +30,14 @@ LONGEST = 600.0
 """Seconds that a query may take: nobody may be waiting for it any more."""
 
 _QUESTIONS = ("SELECT", "MULTI")  # MULTI: a PIVOT, which looks its columns up first
-_EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?", re.IGNORECASE)
+_BEGINNINGS = (
+    "SELECT", "FROM", "WITH", "VALUES", "TABLE", "PIVOT", "UNPIVOT", "DESCRIBE", "DESC", "SHOW", "SUMMARIZE",
+)  # fmt: skip
+"""The first word of a question."""
+_WINDOWS = ("PARTITION", "ORDER", "ROWS", "RANGE", "GROUPS")
+"""What else can stand first in parentheses after AS: the definition of a window."""
+_RUNNING = ("query", "json_execute_serialized_sql")
+"""Functions that run a statement of their own, made while the question is answered."""
 _TELLING = re.compile(r"\s*PRAGMA\s+(table_info|storage_info|show_tables|database_size|version)\b", re.IGNORECASE)
 
 
@@ -54,18 +62,79 @@ def check(sql: str) -> str:
         raise InputError("The query is empty. Expected SQL such as SELECT lang, count(*) FROM sequences GROUP BY lang.")
     if len(statements) > 1:
         raise InputError(f"There are {len(statements)} statements; expected one query. Remove the others.")
-    kind, text = statements[0].type.name, statements[0].query.strip().rstrip(";").strip()
-    if kind == "EXPLAIN":
-        check(_EXPLAIN.sub("", text, count=1))
-    elif kind not in _QUESTIONS and not (kind == "PRAGMA" and _TELLING.match(text)):
-        raise InputError(
-            f"{kind} is refused: only questions can be asked, and the trace is never changed. "
-            "Expected SELECT, FROM, VALUES, PIVOT, DESCRIBE, SUMMARIZE, SHOW or EXPLAIN."
-        )
+    kind, text = statements[0].type.name, statements[0].query  # in which every kind of space is a plain one
+    words = _words(text)
+    text = text.encode()[: words[-1].end].decode()
+    if words[0].said == "EXPLAIN":
+        check(_explained(text, words))
+    elif not (kind in _QUESTIONS or kind == "PRAGMA" and _TELLING.match(text)):
+        raise _refused(kind)
+    elif kind == "MULTI" and not _is_subquery(text):
+        raise _refused(words[0].said)
+    _check_parts(words)
     if statements[0].named_parameters:
         names = ", ".join(sorted(statements[0].named_parameters))
         raise InputError(f"The query has parameters ({names}); write the values themselves.")
     return text
+
+
+class _Word(NamedTuple):
+    """A word or sign of SQL, from byte `start` to `end`: in capitals, and whether it is one of SQL's own, unquoted."""
+
+    said: str
+    keyword: bool
+    start: int
+    end: int
+
+
+def _words(sql: str) -> list[_Word]:
+    """All but comments and semicolons, as DuckDB takes them apart."""
+    text = sql.encode()
+    found: list[tuple[int, Any]] = duckdb.tokenize(sql)
+    words = []
+    for (start, kind), end in zip(found, [*(start for start, _ in found[1:]), len(text)], strict=True):
+        word = text[start:end].rstrip()
+        if kind != duckdb.token_type.comment and word != b";":
+            words.append(_Word(word.decode().upper(), kind == duckdb.token_type.keyword, start, start + len(word)))
+    return words
+
+
+def _explained(text: str, words: list[_Word]) -> str:
+    """What EXPLAIN, which may have options, is to explain."""
+    said = [word.said for word in words]
+    at = 2 if said[1:2] == ["ANALYZE"] else 1
+    if said[1:2] == ["("] and said[2:3] != ["("] and not set(said[2:3]) & {*_BEGINNINGS} and ")" in said:
+        at = said.index(")") + 1
+    if at >= len(words):
+        raise InputError("EXPLAIN lacks the query that it is to explain, such as EXPLAIN SELECT count(*) FROM tokens.")
+    return text.encode()[words[at].start :].decode()
+
+
+def _is_subquery(text: str) -> bool:
+    """Whether it is a question all through: other statements with a PIVOT in them are no tables."""
+    try:
+        return len(duckdb.extract_statements(f"FROM (\n{text}\n)")) == 1
+    except duckdb.Error:
+        return False
+
+
+def _check_parts(words: list[_Word]) -> None:
+    """InputError for WITH name AS (COPY …) and the like, and for functions that run what only they know."""
+    for before, here, after in zip(words, words[1:], words[2:], strict=False):
+        if here.said != "(":
+            continue
+        if before.said.strip('"').lower() in _RUNNING:
+            raise InputError(f"The function {before.said.lower()} is refused: write the query itself.")
+        named = before.keyword and before.said in ("AS", "MATERIALIZED")
+        if named and after.keyword and after.said not in _BEGINNINGS + _WINDOWS:
+            raise _refused(after.said)
+
+
+def _refused(what: str) -> InputError:
+    return InputError(
+        f"{what} is refused: only questions can be asked, and the trace is never changed. "
+        "Expected SELECT, FROM, VALUES, PIVOT, DESCRIBE, SUMMARIZE, SHOW or EXPLAIN."
+    )
 
 
 def ask(
@@ -88,11 +157,9 @@ def ask(
     question = check(sql)
     started = time.perf_counter()
     with schema.reading(path) as con:
-        with suppress(duckdb.InvalidInputException):  # another thread has locked them
-            if memory:
-                con.execute(f"SET memory_limit = {schema.quoted(memory)}")
-                con.execute(f"SET max_temp_directory_size = {schema.quoted(DISK)}")
-            con.execute("SET lock_configuration = true")
+        if memory:
+            con.execute(f"SET memory_limit = {schema.quoted(memory)}")
+            con.execute(f"SET max_temp_directory_size = {schema.quoted(DISK)}")
         end = threading.Timer(seconds, con.interrupt)
         end.start()
         try:

@@ -22,13 +22,14 @@ A run that counts (`recorded` is just `counts`, see `workbench.counts`) has no r
 profiles; all others have none in loads and pairs.
 """
 
+import hashlib
 import os
 import re
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,9 +126,16 @@ _SINCE = {"loads": 3, "pairs": 3}
 MEMORY = "WORKBENCH_MEMORY"
 """The environment variable that says how much memory DuckDB may use, as in `4GB`."""
 
-# Every read-only connection of a process has these same settings, because DuckDB shares one instance among connections
-# to the same file and refuses a second one that is configured differently.
-_CONFINED = {"enable_external_access": "false", "python_enable_replacements": "false"}
+# Every connection to a trace has these same settings, because DuckDB shares one instance among connections of a process
+# to the same file and refuses a second one that is configured differently. The settings are locked from the start: what
+# a trace's own views, macros and triggers call can change some, such as where to log. Ours are those still allowed.
+_CHANGING = ["memory_limit", "max_temp_directory_size", "enable_progress_bar", "preserve_insertion_order"]
+_CONFINED: dict[str, Any] = {
+    "enable_external_access": "false",
+    "python_enable_replacements": "false",
+    "allowed_configs": _CHANGING,
+    "lock_configuration": "true",
+}
 _INTERRUPTED = "Query interrupted"
 """What Ctrl-C while DuckDB works comes out of it as, in a RuntimeError."""
 _BUSY = re.compile(r"set lock on file|different configuration|already attached|unique file handle", re.IGNORECASE)
@@ -170,7 +178,8 @@ def reading(path: str | os.PathLike, *, wait: float = READ_WAIT) -> Iterator[duc
 
 @contextmanager
 def writing(path: str | os.PathLike, *, wait: float) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection that can write to the trace at `path`; an unfinished transaction is dropped with it."""
+    """A connection that can write to the trace at `path`, and touch nothing else, whatever triggers are in it; an
+    unfinished transaction is dropped with it."""
     con = connect(path, read_only=False, wait=wait)
     try:
         yield con
@@ -205,11 +214,9 @@ def connect(path: str | os.PathLike, *, read_only: bool = True, wait: float = RE
 
 def _open(path: Path, read_only: bool, wait: float) -> duckdb.DuckDBPyConnection:
     # A dict of its own for each call: DuckDB may keep it.
-    config = limits() | (_CONFINED if read_only else {})
+    config = limits() | _CONFINED | _spilling(hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32])
     con = _patiently(path, wait, lambda: duckdb.connect(str(path), read_only=read_only, config=dict(config)))
-    # DuckDB's progress bar goes to stdout. It stays on if another thread has locked the settings of this file.
-    with suppress(duckdb.InvalidInputException):
-        con.execute("SET enable_progress_bar = false")
+    con.execute("SET enable_progress_bar = false")  # DuckDB's goes to stdout
     return con
 
 
@@ -226,6 +233,7 @@ def copying(path: str | os.PathLike, out: Path, *, wait: float = READ_WAIT) -> I
         else:
             con.execute(f"SET allowed_paths = [{quoted(out.absolute())}]")
             folder.confine(con, located(path))
+        lock(con)
         yield con
     finally:
         con.close()
@@ -244,8 +252,7 @@ def attach(con: duckdb.DuckDBPyConnection, path: str | os.PathLike, name: str, *
 
 def in_memory() -> duckdb.DuckDBPyConnection:
     """A connection to no file; what goes beyond its memory goes to a temporary folder that others can't read."""
-    temporary: dict[str, Any] = {"temp_directory": os.path.join(_temporary(os.getpid()).name, uuid.uuid4().hex)}
-    con = duckdb.connect(config={"python_enable_replacements": "false"} | temporary | limits())
+    con = duckdb.connect(config={"python_enable_replacements": "false"} | _spilling(uuid.uuid4().hex) | limits())
     con.execute("SET enable_progress_bar = false")
     return con
 
@@ -257,6 +264,7 @@ def _connect_folder(path: Path | Url) -> duckdb.DuckDBPyConnection:
         folder.create_views(con, path, columns())
         con.execute(_SELECTIONS)
         folder.confine(con, path)
+        lock(con)
         _check_version(path, version_of(con), ())
     except duckdb.Error as error:
         con.close()
@@ -265,6 +273,17 @@ def _connect_folder(path: Path | Url) -> duckdb.DuckDBPyConnection:
         con.close()
         raise
     return con
+
+
+def lock(con: duckdb.DuckDBPyConnection) -> None:
+    """Leave `con` the settings that it has, but for those that ours may change later."""
+    con.execute(f"SET allowed_configs = [{', '.join(map(quoted, _CHANGING))}]")
+    con.execute("SET lock_configuration = true")
+
+
+def _spilling(name: str) -> dict[str, Any]:
+    """Where a DuckDB writes what its memory can't hold: a folder of its own that others can't look into."""
+    return {"temp_directory": os.path.join(_temporary(os.getpid()).name, name)}
 
 
 @cache
@@ -337,10 +356,16 @@ def _why_not(path: Path, error: duckdb.Error) -> str:
 def _check(con: duckdb.DuckDBPyConnection, path: Path) -> None:
     """Refuse a DuckDB file that isn't a whole trace of this format, or of one that can be migrated."""
     try:
-        names = con.execute("SELECT table_name FROM duckdb_tables() WHERE NOT internal").fetchall()
-        found = {name for (name,) in names}
-        version = con.execute("SELECT max(version) FROM format").fetchall()[0][0] if "format" in found else None
-        block_size, blocks = con.execute("SELECT block_size, used_blocks FROM pragma_database_size()").fetchall()[0]
+        # A file's macros answer for functions of the same name, unless these are called by their full names; and a
+        # table in another schema would stand for a view of the same name, which is somebody else's SQL.
+        here = "database_name = system.main.current_database()"
+        query = (
+            f"SELECT table_name FROM system.main.duckdb_tables() WHERE NOT internal AND schema_name = 'main' AND {here}"
+        )
+        found = {name for (name,) in con.execute(query).fetchall()}
+        version = version_of(con) if "format" in found else None
+        query = f"SELECT block_size, used_blocks FROM system.main.pragma_database_size() WHERE {here}"
+        block_size, blocks = con.execute(query).fetchall()[0]
     except duckdb.Error as error:
         raise InputError(_why_not(path, error)) from error
     if version is None:
@@ -376,7 +401,7 @@ def tables(version: int) -> tuple[str, ...]:
 
 def version_of(con: duckdb.DuckDBPyConnection) -> int:
     """The format of an open trace."""
-    return con.execute("SELECT max(version) FROM format").fetchall()[0][0]
+    return con.execute("SELECT system.main.max(version) FROM format").fetchall()[0][0]
 
 
 def migrate(con: duckdb.DuckDBPyConnection) -> None:

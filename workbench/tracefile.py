@@ -8,7 +8,6 @@
 import copy
 import json
 import os
-from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -20,7 +19,7 @@ import pyarrow as pa
 
 from workbench import schema
 from workbench.errors import InputError
-from workbench.location import asking, filesystem, is_folder, located
+from workbench.location import asking, filesystem, located
 from workbench.query import check
 from workbench.routing import NO_EXPERT
 from workbench.transaction import to_float
@@ -157,16 +156,13 @@ class Trace:
     def sql(self, query: str) -> pd.DataFrame:
         """The answer to a query over the tables of the whole file (all runs), as it stands now.
 
-        query  SQL; the answer's columns are its own
+        query  SQL that asks one question; the answer's columns are its own
 
         The connection can read this file and nothing else: no other file, no network, no settings, no writing.
-        InputError with DuckDB's reason if the query fails.
+        InputError for what is no question, and with DuckDB's reason if the query fails.
         """
-        if is_folder(self.path):  # whose connection, unlike a file's, isn't read-only by itself
-            query = check(query)
+        query = check(query)
         with schema.reading(self.path) as con:
-            with suppress(duckdb.InvalidInputException):  # another thread has locked them
-                con.execute("SET lock_configuration = true")
             try:
                 result = con.execute(query)
                 return result.df() if result.description else pd.DataFrame()

@@ -178,6 +178,9 @@ QUESTIONS = (
     "SELECT * FROM read_text('/etc/hostname')", "SET enable_external_access = true", "PIVOT tokens ON phase",
     "SELECT getenv('HOME'), current_setting('temp_directory')", "EXPLAIN ANALYZE COPY (SELECT 1) TO '/tmp/escaped'",
     "INSTALL httpfs", "SELECT regexp_extract(text, '(a+)+$') FROM vocabulary", "SUMMARIZE routing",
+    "COPY (PIVOT sequences ON lang USING count(*)) TO '/tmp/escaped.csv'", "EXPLAIN/**/(FORMAT json) SELECT 1",
+    "WITH x AS (COPY (SELECT 1) TO '/tmp/escaped.csv') SELECT 1",
+    "FROM query('FROM json_execute_serialized_sql(json_serialize_sql(''SELECT 1''))')",
 )  # fmt: skip
 FILTERS = (
     "lang=de,en & phase=prompt", 'token=" the" & position=4-15', "text~(ab|c)+ & lang~^d", "topic=x & position=256+",
