@@ -29,7 +29,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -216,8 +216,7 @@ def _open(path: Path, read_only: bool, wait: float) -> duckdb.DuckDBPyConnection
     # A dict of its own for each call: DuckDB may keep it.
     config = limits() | _CONFINED | _spilling(hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32])
     con = _patiently(path, wait, lambda: duckdb.connect(str(path), read_only=read_only, config=dict(config)))
-    con.execute("SET enable_progress_bar = false")  # DuckDB's goes to stdout
-    return con
+    return _silent(con)
 
 
 @contextmanager
@@ -253,7 +252,13 @@ def attach(con: duckdb.DuckDBPyConnection, path: str | os.PathLike, name: str, *
 def in_memory() -> duckdb.DuckDBPyConnection:
     """A connection to no file; what goes beyond its memory goes to a temporary folder that others can't read."""
     con = duckdb.connect(config={"python_enable_replacements": "false"} | _spilling(uuid.uuid4().hex) | limits())
-    con.execute("SET enable_progress_bar = false")
+    return _silent(con)
+
+
+def _silent(con: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
+    """The connection without a progress bar, which would go to stdout."""
+    with suppress(duckdb.InvalidInputException):  # in Jupyter without ipywidgets, where it has none
+        con.execute("SET enable_progress_bar = false")
     return con
 
 
