@@ -214,6 +214,18 @@ def test_sql(path):
         trace.sql("SELECT 1 AS one; SELECT 2 AS two")
 
 
+@pytest.mark.parametrize("opened", ["reading", "writing"])
+def test_an_interrupt_while_duckdb_opens_the_file(path, monkeypatch, opened):
+    """DuckDB makes a RuntimeError of Ctrl-C; it is one for whoever handles it."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise RuntimeError("Query interrupted")
+
+    monkeypatch.setattr(schema, "_check", interrupted)
+    with pytest.raises(KeyboardInterrupt), getattr(schema, opened)(path, wait=1):
+        pass
+
+
 def test_sql_stays_inside(path, tmp_path, monkeypatch):
     """No file is read or written, no setting and no table is changed, no Python name is seen."""
     secret, target = tmp_path / "secret.csv", tmp_path / "out"

@@ -200,16 +200,17 @@ def _check_texts(con: duckdb.DuckDBPyConnection, name: str, run: Run) -> None:
 def working(path: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection, to our own trace at `path` or to none, that may read and write files: for our own SQL, until
     `attached` confines it."""
-    con = schema.in_memory()
-    try:
-        if path is not None:
-            con.execute(f"ATTACH {schema.quoted(path)} AS made")
-            con.execute("USE made")
-        yield con
-    except duckdb.Error as error:
-        raise RunError(f"nothing was written: {schema.first_line(error)}") from error
-    finally:
-        con.close()
+    with schema.interruptible():
+        con = schema.in_memory()
+        try:
+            if path is not None:
+                con.execute(f"ATTACH {schema.quoted(path)} AS made")
+                con.execute("USE made")
+            yield con
+        except duckdb.Error as error:
+            raise RunError(f"nothing was written: {schema.first_line(error)}") from error
+        finally:
+            con.close()
 
 
 @contextmanager

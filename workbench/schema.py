@@ -158,37 +158,42 @@ def reading(path: str | os.PathLike, *, wait: float = READ_WAIT) -> Iterator[duc
 
     Waits up to `wait` seconds for a writer that is committing. InputError if the file is not a readable trace.
     """
-    con = connect(path, wait=wait)
-    try:
-        yield con
-    except duckdb.Error as error:
-        if is_folder(there := located(path)):
-            raise InputError(folder.why_not(there, columns(), error)) from error
-        if not (isinstance(error, duckdb.IOException) or "Corrupt database file" in str(error)):
-            raise
-        # a part of the file that only this question needed is lost
-        raise InputError(_why_not(Path(path), error)) from error
-    except RuntimeError as error:
-        if str(error) != _INTERRUPTED:
-            raise
-        raise KeyboardInterrupt from error
-    finally:
-        con.close()
+    with interruptible():
+        con = connect(path, wait=wait)
+        try:
+            yield con
+        except duckdb.Error as error:
+            if is_folder(there := located(path)):
+                raise InputError(folder.why_not(there, columns(), error)) from error
+            if not (isinstance(error, duckdb.IOException) or "Corrupt database file" in str(error)):
+                raise
+            # a part of the file that only this question needed is lost
+            raise InputError(_why_not(Path(path), error)) from error
+        finally:
+            con.close()
 
 
 @contextmanager
 def writing(path: str | os.PathLike, *, wait: float) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection that can write to the trace at `path`, and touch nothing else, whatever triggers are in it; an
     unfinished transaction is dropped with it."""
-    con = connect(path, read_only=False, wait=wait)
+    with interruptible():
+        con = connect(path, read_only=False, wait=wait)
+        try:
+            yield con
+        finally:
+            con.close()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C while DuckDB works is KeyboardInterrupt, as anywhere else."""
     try:
-        yield con
+        yield
     except RuntimeError as error:
         if str(error) != _INTERRUPTED:
             raise
         raise KeyboardInterrupt from error
-    finally:
-        con.close()
 
 
 def connect(path: str | os.PathLike, *, read_only: bool = True, wait: float = READ_WAIT) -> duckdb.DuckDBPyConnection:
@@ -223,19 +228,20 @@ def _open(path: Path, read_only: bool, wait: float) -> duckdb.DuckDBPyConnection
 def copying(path: str | os.PathLike, out: Path, *, wait: float = READ_WAIT) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection that reads the trace at `path` and can write `out`, a file or what is in that folder: for our own
     COPY, not a user's SQL. It can touch nothing else, since the views and macros in a trace are somebody else's SQL."""
-    con = in_memory()
-    try:
-        attach(con, path, "trace", wait=wait)
-        con.execute("USE trace")
-        if out.is_dir():
-            folder.confine(con, located(path), out)
-        else:
-            con.execute(f"SET allowed_paths = [{quoted(out.absolute())}]")
-            folder.confine(con, located(path))
-        lock(con)
-        yield con
-    finally:
-        con.close()
+    with interruptible():
+        con = in_memory()
+        try:
+            attach(con, path, "trace", wait=wait)
+            con.execute("USE trace")
+            if out.is_dir():
+                folder.confine(con, located(path), out)
+            else:
+                con.execute(f"SET allowed_paths = [{quoted(out.absolute())}]")
+                folder.confine(con, located(path))
+            lock(con)
+            yield con
+        finally:
+            con.close()
 
 
 def attach(con: duckdb.DuckDBPyConnection, path: str | os.PathLike, name: str, *, wait: float = READ_WAIT) -> None:
