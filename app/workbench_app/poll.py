@@ -17,12 +17,16 @@ from streamlit.delta_generator import DeltaGenerator
 JS = """
 let asked = 0;
 let left = { at: -Infinity, path: "" };
+let stop = () => {};
 document.addEventListener("click", ({ target }) => {
   if (target.closest?.("a")) left = { at: Date.now(), path: location.pathname };
 }, true);
 const leaving = () => location.pathname === left.path && Date.now() - left.at < 10000;
 
+// Called again for each new `data`; what it returns is called when the component goes, and not before. Were the timer
+// of the call before left running, it might always be the one that asks, and never know that something is due.
 export default function ({ data, setTriggerValue }) {
+  stop();
   const app = document.querySelector('[data-testid="stApp"]');
   const idle = () => app.dataset.testScriptState === "notRunning" && app.dataset.testConnectionState === "CONNECTED";
   const answered = new MutationObserver(() => { if (idle()) asked = 0; });
@@ -35,7 +39,7 @@ export default function ({ data, setTriggerValue }) {
     if (data.due) document.querySelector(".st-key-poll-again button").click();
     else setTriggerValue("tick", asked);
   }, 300);
-  return () => { clearInterval(timer); answered.disconnect(); };
+  return stop = () => { clearInterval(timer); answered.disconnect(); };
 }
 """
 STYLE = '<style>[data-stale="true"] { opacity: 1 !important; } .st-key-poll-slot { display: none; }</style>'

@@ -121,5 +121,7 @@ export default function (component) {
   if (!VIEWS.has(root)) VIEWS.set(root, new View(root));
   const view = VIEWS.get(root);
   view.update(component.data, component);
-  return () => clearTimeout(view.timer);
+  return () => {
+    if (view.component === component) clearTimeout(view.timer); // not that of a later call
+  };
 }

@@ -74,6 +74,27 @@ def test_a_copied_link_restores_the_view(browse, server):
     assert re.search(r"Shown: [\d,]+ of", other.get_by_test_id("stSidebar").inner_text())
 
 
+def test_one_timer(browse, server):
+    """However often it is drawn anew, a page asks in one timer: an older one would not know that an answer is there."""
+    page = browse(server)
+    page.add_init_script(f"({TIMERS})()")
+    page.goto(f"{server.url}/specialisation?where=lang%3Dde,ar")
+    assert finished(page) and page.evaluate("window.begun") > 2
+    assert page.evaluate("window.running.size") == 1
+
+
+TIMERS = """() => {
+    const [begin, end] = [window.setInterval, window.clearInterval];
+    Object.assign(window, { running: new Set(), begun: 0 });
+    window.setInterval = (call, wait, ...rest) => {
+        const one = begin(call, wait, ...rest);
+        if (String(call).includes("st-key-waiting-")) { window.running.add(one); window.begun += 1; }
+        return one;
+    };
+    window.clearInterval = (one) => { window.running.delete(one); end(one); };
+}"""
+
+
 def test_a_growing_trace(browse, tmp_path, monkeypatch):
     """It opens while it is written, says how far it is, and its numbers grow until it is finished."""
     monkeypatch.setattr(transaction, "COMMIT_TOKEN_LAYERS", 0)  # every block at once

@@ -190,7 +190,8 @@ def _until(page: Page, condition: str, argument: Any = None) -> Any:
     try:
         return page.wait_for_function(condition, arg=argument, timeout=PATIENCE * 1000).json_value()
     except TimeoutError:
-        state = f"{page.evaluate(_BUSY)}; {page.evaluate(_DRAWN)!r:.1000}"
+        jobs = page.get_by_test_id("stProgress").all_inner_texts()
+        state = f"{page.evaluate(_BUSY)}; {jobs}; {page.evaluate(_DRAWN)!r:.1000}"
         raise RunError(f"{page.url} did not settle in {PATIENCE:.0f} s: {state}") from None
 
 
