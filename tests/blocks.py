@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench import parts, schema
+from workbench import connection, parts, schema
 from workbench.routing import Routing
 from workbench.store import Writer
 from workbench.tracefile import Trace
@@ -90,7 +90,7 @@ def write_folder(
 def rows_of(path: str | os.PathLike, *, times: bool = False) -> dict[str, list[str]]:
     """Every row of every table as text, sorted; `times` says whether to look at the clock's, too."""
     left_out = "" if times else "EXCLUDE (started, finished)"
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         return {
             table: sorted(
                 str(row)

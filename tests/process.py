@@ -133,16 +133,16 @@ def _die(writer: Any, inserting: tuple[Any, ...], where: str) -> None:
             return
         from contextlib import contextmanager
 
-        from workbench import schema
+        from workbench import connection
 
-        original = schema.writing
+        original = connection.writing
 
         @contextmanager
         def writing(*args: Any, **options: Any):
             with original(*args, **options) as con:
                 yield Connection(con)
 
-        schema.writing = writing
+        connection.writing = writing
         commit(self, pending)
 
     for module in inserting:

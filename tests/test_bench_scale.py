@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from workbench import schema
+from workbench import connection
 from workbench.bench import scale
 from workbench.combine import merge
 from workbench.tracefile import Trace
@@ -61,7 +61,7 @@ def test_out_of_core_asks_within_the_limit(folder: Path, monkeypatch):
 
 
 def test_every_question_has_an_answer(folder: Path, capsys, monkeypatch):
-    monkeypatch.setenv(schema.MEMORY, "64MiB")
+    monkeypatch.setenv(connection.MEMORY, "64MiB")
     for question, ask in scale.QUESTIONS.items():
         scale.answer(str(folder), question)
         said = json.loads(capsys.readouterr().out)

@@ -272,6 +272,16 @@ def test_a_place_that_can_not_be_written_to(file: Path):
         merge([file], "/proc/x.duckdb")
 
 
+def test_a_url_is_no_place_for_a_file(file: Path, workbench: Command, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ("split", file, "--by", "lang"), ("sample", file, "--sequences", 3), ("export", file, "--table", "runs"),
+        ("export", file, "--format", "hf"), ("report", file),
+    ):  # fmt: skip
+        refused(workbench(*command, "--out", "s3://bucket/there.parquet"), "/there.parquet is a URL", "give a path")
+    assert not left_over(tmp_path)
+
+
 # --- split
 
 

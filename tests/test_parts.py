@@ -19,7 +19,7 @@ import pytest
 from blocks import LAYERS, RUN, make_block, rows_of, write_file, write_folder, write_part
 from commandline import Command, refused
 
-from workbench import analysis, parts, query, schema
+from workbench import analysis, connection, parts, query, schema
 from workbench.combine import merge
 from workbench.errors import InputError, RunError
 from workbench.export import export
@@ -253,7 +253,7 @@ def test_what_is_no_trace(tmp_path: Path):
     with pytest.raises(InputError, match="no such file"):
         Trace(tmp_path / "nothing")
     with pytest.raises(InputError, match="is a folder; expected a DuckDB file"):
-        schema.connect(tmp_path, read_only=False)
+        connection.connect(tmp_path, read_only=False)
 
 
 def test_a_newer_format_is_refused(local: Path):
@@ -370,7 +370,7 @@ def test_a_url_reads_nothing_but_parts(tmp_path: Path):
     with memory.open(f"/{tmp_path.name}/secret.parquet", "wb") as file:
         pq.write_table(pa.table({"a": [1]}), file)
     memory.copy(f"/{tmp_path.name}/secret.parquet", f"/{tmp_path.name}/parts/.secret.parquet")
-    with schema.reading(url) as con:
+    with connection.reading(url) as con:
         (protocol,) = [name for name in con.list_filesystems() if name.startswith("parts-")]
     for name in (
         f"{protocol}://../secret.parquet",
@@ -445,11 +445,11 @@ def test_a_filesystem_that_does_not_answer(workbench: Command, tmp_path: Path):
 
 
 def test_memory_from_the_environment(local: Path, monkeypatch, tmp_path: Path):
-    monkeypatch.setenv(schema.MEMORY, "123MiB")
+    monkeypatch.setenv(connection.MEMORY, "123MiB")
     merge([local], tmp_path / "one.duckdb")
     for path in (local, tmp_path / "one.duckdb"):
         assert Trace(path).sql("SELECT current_setting('memory_limit') AS m")["m"].tolist() == ["123.0 MiB"]
-    monkeypatch.setenv(schema.MEMORY, "much")
+    monkeypatch.setenv(connection.MEMORY, "much")
     with pytest.raises(InputError, match="WORKBENCH_MEMORY is 'much'; expected a size such as 4GB"):
         Trace(local)
 

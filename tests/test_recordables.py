@@ -16,7 +16,7 @@ from recorded import TRACED, run
 from routed import full_trace
 from torch import nn
 
-from workbench import lookahead, residual, schema
+from workbench import connection, lookahead, residual, schema
 from workbench.arrays import from_arrays
 from workbench.capture import trace
 from workbench.corpus import from_rows
@@ -543,7 +543,7 @@ def old(model: Any, texts: Any, tmp_path: Path) -> Path:
 
 
 def version(path: Path) -> int:
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         return schema.version_of(con)
 
 

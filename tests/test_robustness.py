@@ -15,7 +15,7 @@ import checkpoint
 import process
 import pytest
 
-from workbench import schema
+from workbench import connection
 from workbench.store import Writer
 from workbench.tracefile import Trace
 from workbench.validate import validate
@@ -44,7 +44,7 @@ def command(folder: Path, out: Path, *more: str, options: tuple[str, ...] = OPTI
 
 def contents(path: Path) -> dict[str, list[dict]]:
     """Every table, but for what says when the run was."""
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         return {
             table: con.sql(
                 f"SELECT * {'EXCLUDE (started, finished)' if table == 'runs' else ''} FROM {table} ORDER BY ALL"
@@ -287,7 +287,7 @@ def test_a_reader_that_holds_the_file_delays_the_writer(folder: Path, tmp_path: 
     out, log = tmp_path / "t.duckdb", tmp_path / "log"
     run = process.start(*command(folder, out), log=log, commit_token_layers=COMMIT_TOKEN_LAYERS)
     process.wait_for(out, run)
-    with schema.reading(out):
+    with connection.reading(out):
         time.sleep(1)
     assert process.finish(run) == 0, log.read_text()
     assert_whole(out, folder)

@@ -31,7 +31,7 @@ from blocks import LAYERS, RUN
 from commandline import Command
 from routed import random_trace
 
-from workbench import corpus, files, models, query, schema
+from workbench import connection, corpus, files, models, query, schema
 from workbench.combine import attached, merge, working
 from workbench.dataset_folder import export_dataset
 from workbench.errors import InputError, RunError
@@ -463,10 +463,10 @@ def test_json_that_is_deep_or_long(text: str, tmp_path: Path):
 
 def test_spilled_data_is_for_its_owner_only(tmp_path: Path):
     """What DuckDB can't hold in memory goes to a folder that others can't look into, nor guess the name of."""
-    con = schema.in_memory()
+    con = connection.in_memory()
     folder = Path(con.execute("SELECT current_setting('temp_directory')").fetchall()[0][0])
     assert folder.parent.stat().st_mode & 0o077 == 0
-    other = schema.in_memory().execute("SELECT current_setting('temp_directory')").fetchall()[0][0]
+    other = connection.in_memory().execute("SELECT current_setting('temp_directory')").fetchall()[0][0]
     assert Path(other) != folder and Path(other).parent == folder.parent
 
 
@@ -474,10 +474,10 @@ def test_a_trace_spills_nothing_beside_it(tmp_path: Path):
     """A query over a file that sorts more than its memory holds."""
     path = tmp_path / "t.duckdb"
     random_trace(path)
-    with schema.writing(path, wait=1) as con:
+    with connection.writing(path, wait=1) as con:
         written = con.execute("SELECT current_setting('temp_directory')").fetchall()
     before = sorted(tmp_path.iterdir())
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         con.execute("SET memory_limit = '60MB'")
         assert con.execute("SELECT current_setting('temp_directory')").fetchall() == written
         con.execute("SELECT hash(i) AS h, md5(i::VARCHAR) AS m FROM range(2000000) a(i) ORDER BY h, m").fetchone()

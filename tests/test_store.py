@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from workbench import schema, store, transaction
+from workbench import connection, schema, store, transaction
 from workbench.arrays import from_arrays
 from workbench.errors import InputError, RunError
 from workbench.routing import NO_EXPERT, Routing
@@ -73,7 +73,7 @@ def problems(path) -> list[str]:
 def dump(path) -> dict[str, list]:
     """Every table in a fixed order, without what depends on the clock."""
     tables = {}
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         for table in schema.TABLES:
             columns = "* EXCLUDE (started, finished)" if table == "runs" else "*"
             tables[table] = con.execute(f"SELECT {columns} FROM {table} ORDER BY ALL").fetchall()

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from test_store import LAYERS, RUN, VOCABULARY, make_block, write
 
-from workbench import schema
+from workbench import connection, schema
 from workbench.errors import InputError
 from workbench.store import Writer
 from workbench.tracefile import Trace, info
@@ -174,7 +174,7 @@ def test_waits_for_a_writer(path, tmp_path, monkeypatch):
         start = time.monotonic()
         with (
             pytest.raises(InputError, match="in use by another process and stayed locked for 0 s"),
-            schema.reading(copy, wait=0.3),
+            connection.reading(copy, wait=0.3),
         ):
             pass
         assert time.monotonic() - start < 10
@@ -221,7 +221,7 @@ def test_an_interrupt_while_duckdb_opens_the_file(path, monkeypatch, opened):
     def interrupted(*_: object, **__: object) -> None:
         raise RuntimeError("Query interrupted")
 
-    monkeypatch.setattr(schema, "_check", interrupted)
+    monkeypatch.setattr(connection, "_check", interrupted)
     with pytest.raises(KeyboardInterrupt), getattr(schema, opened)(path, wait=1):
         pass
 

@@ -4,7 +4,7 @@ import os
 
 import pandas as pd
 
-from workbench import schema
+from workbench import connection, schema
 
 TABLES = {
     "runs": "One pass of one model over corpora.",
@@ -127,7 +127,7 @@ def columns(path: str | os.PathLike) -> pd.DataFrame:
 
     InputError if the file is not a readable trace.
     """
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         found = con.execute(
             "SELECT table_name AS table, column_name AS column, data_type AS type FROM duckdb_columns() "
             "WHERE NOT internal ORDER BY column_index"

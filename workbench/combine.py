@@ -18,7 +18,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from workbench import folder, parts, schema
+from workbench import connection, folder, parts, schema
 from workbench.errors import InputError, RunError
 from workbench.folder import FORMAT_FILE, held
 from workbench.location import Url, located
@@ -95,11 +95,11 @@ def attached(
     """
     runs: dict[str, Run] = {}
     for number, path in enumerate(traces):
-        schema.connect(path).close()  # refuses what is no trace, with the reason
-        schema.attach(con, path, f"t{number}")
+        connection.connect(path).close()  # refuses what is no trace, with the reason
+        connection.attach(con, path, f"t{number}")
     # Before anything in them is read: it could be somebody else's SQL.
     folder.confine(con, *map(located, traces))
-    schema.lock(con)
+    connection.lock(con)
     for number, path in enumerate(traces):
         source = f"t{number}"
         for row in con.sql(f"FROM {source}.runs ORDER BY started, run").to_arrow_table().to_pylist():
@@ -200,8 +200,8 @@ def _check_texts(con: duckdb.DuckDBPyConnection, name: str, run: Run) -> None:
 def working(path: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection, to our own trace at `path` or to none, that may read and write files: for our own SQL, until
     `attached` confines it."""
-    with schema.interruptible():
-        con = schema.in_memory()
+    with connection.interruptible():
+        con = connection.in_memory()
         try:
             if path is not None:
                 con.execute(f"ATTACH {schema.quoted(path)} AS made")

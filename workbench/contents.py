@@ -10,7 +10,7 @@ import os
 import pandas as pd
 import plotly.graph_objects as go
 
-from workbench import figures, schema
+from workbench import connection, figures
 from workbench.errors import InputError
 
 COLUMNS = {"lang": "language", "domain": "domain", "source": "source"}
@@ -26,7 +26,7 @@ def contents(path: str | os.PathLike, run: str, by: str) -> pd.DataFrame:
     """
     if by not in COLUMNS:
         raise InputError(f"texts are counted by {', '.join(COLUMNS)}, not by {by!r}.")
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         found = con.execute(
             f"SELECT {by}, count(*) AS texts, sum(n_tokens)::BIGINT AS tokens FROM sequences "
             f"WHERE run = ? GROUP BY {by}",

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from workbench import schema
+from workbench import connection
 from workbench.errors import InputError
 from workbench.schema import PHASES
 from workbench.tracefile import Trace, matrix
@@ -164,7 +164,7 @@ def rows(trace: Trace) -> pd.DataFrame:
     """What `loads` has a row a layer of, in its order: seq, phase (categorical), block, n_tokens."""
     if trace.is_part and grouped_by(trace):
         raise trace.only_counts("counts of a part of its texts")
-    with schema.reading(trace.path) as con:
+    with connection.reading(trace.path) as con:
         frame = con.execute(
             "SELECT seq, phase, block, list_sum(tokens)::BIGINT AS n_tokens FROM loads WHERE run = ? AND layer = 0 "
             "ORDER BY seq, phase",
@@ -194,7 +194,7 @@ def pairs(trace: Trace, layer: int, other: int) -> np.ndarray:
             f"run {trace.run!r} has no pairs of experts: what it was imported from counts each expert by itself."
         )
     n_experts = [int(trace.layers["n_experts"].iloc[at]) for at in (layer, other)]
-    with schema.reading(trace.path) as con:
+    with connection.reading(trace.path) as con:
         found = con.sql(
             "SELECT block, coalesce(expert, ?) AS expert, tokens, counts FROM pairs "
             "WHERE run = ? AND layer = ? AND other = ?",
@@ -218,7 +218,7 @@ def _settings(trace: Trace) -> dict[str, Any]:
 
 
 def _read(trace: Trace, layer: int, column: str, width: int) -> np.ndarray:
-    with schema.reading(trace.path) as con:
+    with connection.reading(trace.path) as con:
         query = f"SELECT seq, {column} FROM loads WHERE run = ? AND layer = ? ORDER BY seq, phase"
         found = con.sql(query, params=[trace.run, layer]).to_arrow_table()
     return matrix(found[column], width, np.int64, 0)[np.isin(found["seq"].to_numpy(), trace.sequence_ids)]

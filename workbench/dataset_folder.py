@@ -13,7 +13,7 @@ import os
 
 import duckdb
 
-from workbench import schema
+from workbench import connection, schema
 from workbench.errors import InputError, RunError
 from workbench.output import new_folder
 from workbench.schema import quoted
@@ -55,7 +55,7 @@ def export_dataset(
     contents = ("README.md", "data", "layers")
     with (
         new_folder(out, overwrite, marker="layers/train.parquet", contents=contents) as folder,
-        schema.copying(path, folder) as con,
+        connection.copying(path, folder) as con,
     ):
         try:
             (folder / "data").mkdir()

@@ -15,7 +15,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from workbench import schema
+from workbench import connection, schema
 from workbench.errors import InputError, RunError
 from workbench.location import located
 from workbench.output import new_file
@@ -50,13 +50,13 @@ def export(
     if unnest and table != "routing":
         raise InputError(f"only `routing` can be unnested, not {table!r}.")
     _check_suffix(out, ".csv", ".parquet")
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         run = None if run is None else schema.find_run(con, path, run)
         if table not in schema.tables(version := schema.version_of(con)):
             raise InputError(f"{path} has trace format {version}, which has no table {table!r}: nothing was counted.")
     if isinstance(path, Path) and out.exists() and out.samefile(path):
         raise InputError(f"{out} is the trace itself; give another name to --out.")
-    with new_file(out, overwrite) as temporary, schema.copying(path, temporary) as con:
+    with new_file(out, overwrite) as temporary, connection.copying(path, temporary) as con:
         source = f"({_UNNESTED})" if unnest else table
         as_csv = out.suffix == ".csv"
         where = "" if run is None else f"WHERE run = {schema.quoted(run)}"

@@ -18,11 +18,11 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from workbench import schema
+from workbench import connection, schema
 from workbench.analysis.counting import as_label, column
 from workbench.combine import ROWS, attached, columns, file_out, write_runs
 from workbench.errors import InputError, not_negative
-from workbench.location import located
+from workbench.location import local_path, located
 from workbench.output import LOCK, new_folder
 from workbench.tracefile import Trace
 from workbench.transaction import as_json
@@ -50,12 +50,12 @@ def split(
 
     Returns a row a file: value (of the column; or the number of the part, from 1), file, sequences, tokens; so does
     `split.json` in the folder. Each file has the whole vocabulary of its runs; the first one has the runs without any
-    sequence, too. InputError if the folder exists, and for
-    a run that counts, whose pairs of experts can't be taken apart.
+    sequence, too. InputError if the folder exists or is a URL, and for a run that counts, whose pairs of experts can't
+    be taken apart.
     """
     if (by is None) == (n_parts is None):
         raise InputError("split by a column or into a number of parts: give one of the two.")
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         names = [row["run"] for row in schema.runs(con)] if run is None else [schema.find_run(con, located(path), run)]
     frames = [_sequences(Trace(path, name)).assign(run=name) for name in names]
     empty = [name for name, frame in zip(names, frames, strict=True) if frame.empty]
@@ -71,7 +71,7 @@ def split(
     if len(groups) > MOST_FILES:
         raise InputError(f"{by or 'n_parts'} makes {len(groups):,} files; expected at most {MOST_FILES:,}.")
     rows: list[dict[str, Any]] = []
-    where = Path(located(out))
+    where = local_path(out)
     if where.resolve() in Path(located(path)).resolve().parents:
         raise InputError(f"{path} is in the folder {where}, which is to be written; choose another name.")
     with new_folder(where, overwrite, marker=INDEX, contents=(INDEX, "*.duckdb", LOCK)) as folder:

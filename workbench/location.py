@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_COLLAPSED = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+"""How a URL begins that was made a Path, which keeps one of the slashes."""
 
 
 class Url(PurePosixPath):
@@ -46,6 +48,14 @@ def located(path: str | os.PathLike) -> Path | Url:
     if rest.startswith("/"):
         raise InputError(f"{text}: nothing between :// and /; expected a host or bucket there.")
     return Url(scheme + rest)
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """The path, if it is on this machine; InputError for a URL."""
+    there = located(path)
+    if isinstance(there, Url) or _COLLAPSED.match(str(there)):
+        raise InputError(f"{path} is a URL; what is written here goes to this machine: give a path.")
+    return there
 
 
 def is_folder(path: Path | Url) -> bool:

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from workbench.errors import InputError, RunError
+from workbench.location import local_path
 
 LOCK = ".*.lock"
 """What writers leave beside a file."""
@@ -18,9 +19,10 @@ LOCK = ".*.lock"
 def new_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """A name beside `path` to write to; renamed to `path` when the block ends well, deleted when it doesn't.
 
-    InputError, before the block, if `path` exists and `overwrite` isn't given, or its folder can't be written to.
+    InputError, before the block, if `path` exists and `overwrite` isn't given, its folder can't be written to, or it is
+    a URL.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a file.")
     if path.exists() and not overwrite:
@@ -43,13 +45,14 @@ def new_folder(
 ) -> Iterator[Path]:
     """A folder beside `path` to write into; renamed to `path` when the block ends well, deleted when it doesn't.
 
-    InputError, before the block, if `path` exists and `overwrite` isn't given, or its parent isn't a folder. Only a
-    folder that holds the file `marker`, and nothing but what fits a pattern of `contents`, or nothing, is ever
-    replaced.
+    InputError, before the block, if `path` exists and `overwrite` isn't given, its parent isn't a folder, or it is a
+    URL. Only a folder that holds the file `marker`, and nothing but what fits a pattern of `contents`, or nothing, is
+    ever replaced.
     """
-    if not Path(path).name:
+    path = local_path(path)
+    if not path.name:
         raise InputError(f"{str(path)!r} has no name of its own; give that of a folder that isn't there yet.")
-    path = Path(path).resolve()  # the folder behind a link, not the link
+    path = path.resolve()  # the folder behind a link, not the link
     if path.is_file():
         raise InputError(f"{path} is a file; give the name of a folder that isn't there yet.")
     if path.exists() and not overwrite:

@@ -23,7 +23,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workbench import schema
+from workbench import connection, schema
 from workbench.errors import InputError, RunError
 from workbench.folder import FORMAT_FILE, HEADERS, PART, SUFFIX, held, listing
 from workbench.location import Url, asking, filesystem, located
@@ -59,7 +59,7 @@ def begin(
         remove(where)
     row |= {"started": now(), "finished": None, "status": "running"}
     if FORMAT_FILE in held(where):
-        with schema.reading(where) as con:
+        with connection.reading(where) as con:
             had = con.sql("SELECT * FROM runs WHERE run = ?", params=[row["run"]]).to_arrow_table().to_pylist()
             query = "SELECT * FROM layers WHERE run = ? ORDER BY layer"
             had_layers = con.sql(query, params=[row["run"]]).to_arrow_table().to_pylist()
@@ -74,7 +74,7 @@ def begin(
 
 def transaction(folder: str | os.PathLike, run: str | None = None) -> Transaction:
     """What gathers the blocks of one part of a run; None: the only one, or the last that was begun."""
-    with schema.reading(folder) as con:
+    with connection.reading(folder) as con:
         name = schema.find_run(con, located(folder), run or schema.runs(con)[-1]["run"])
         ((recorded,),) = con.execute("SELECT recorded FROM runs WHERE run = ?", [name]).fetchall()
         layers = con.sql("SELECT * FROM layers WHERE run = ? ORDER BY layer", params=[name])
@@ -119,7 +119,7 @@ def finish(folder: str | os.PathLike, run: str, status: str = "finished") -> Non
     where = located(folder)
     if status not in schema.STATUSES:
         raise InputError(f"status {status!r}: expected one of {', '.join(schema.STATUSES)}.")
-    with schema.reading(where) as con:
+    with connection.reading(where) as con:
         name = schema.find_run(con, where, run)
         (row,) = con.sql("SELECT * FROM runs WHERE run = ?", params=[name]).to_arrow_table().to_pylist()
     _put_runs(where, row | {"status": status, "finished": now() if status == "finished" else None})

@@ -3,8 +3,8 @@
 Two walls stand between a query and the machine. `check` lets only questions through, one at a time: SELECT and what is
 short for it (FROM …, VALUES, PIVOT, DESCRIBE, SUMMARIZE, SHOW), EXPLAIN of one of these, and PRAGMAs that only tell;
 none of them with a part that writes.
-And the connection that answers is read-only and confined to the trace (workbench.schema.reading): it can open no other
-file, reach no network, and change no setting.
+And the connection that answers is read-only and confined to the trace (workbench.connection.reading): it can open no
+other file, reach no network, and change no setting.
 """
 
 import os
@@ -18,7 +18,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from workbench import schema
+from workbench import connection, schema
 from workbench.errors import InputError
 
 MOST_ROWS = 1_000_000
@@ -156,7 +156,7 @@ def ask(
     """
     question = check(sql)
     started = time.perf_counter()
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         if memory:
             con.execute(f"SET memory_limit = {schema.quoted(memory)}")
             con.execute(f"SET max_temp_directory_size = {schema.quoted(DISK)}")

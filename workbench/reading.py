@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench import schema
+from workbench import connection, schema
 from workbench.errors import InputError
 from workbench.routing import NO_EXPERT
 from workbench.schema import UNKNOWN_TOKEN
@@ -79,7 +79,7 @@ def read(trace: Trace, seqs: int | Sequence[int]) -> Reading:
     optional = [name for name in ("weights", "entropy", "margin") if name in trace.recorded]
     columns = ", ".join(["experts", *optional, *(["scale"] if "weights" in optional else [])])
     predicts = "predictions" in trace.recorded
-    with schema.reading(trace.path) as con:
+    with connection.reading(trace.path) as con:
         rows = con.execute(f"SELECT * EXCLUDE (run) FROM sequences WHERE {where} ORDER BY seq", given).df()
         found = rows["seq"].tolist()
         if missing := sorted(set(wanted) - set(found)):
@@ -157,7 +157,7 @@ def pieces_of(trace: Trace, seq: int) -> list[int]:
         (sha256, metadata->>'split_row') IN
             (SELECT (sha256, metadata->>'split_row') FROM sequences WHERE run = $run AND seq = $seq)
         ORDER BY seq"""
-    with schema.reading(trace.path) as con:
+    with connection.reading(trace.path) as con:
         found = con.execute(query, {"run": trace.run, "seq": int(seq)}).fetchall()
     return [piece for (piece,) in found] or [int(seq)]
 

@@ -18,9 +18,10 @@ from typing import Any
 import duckdb
 import filelock
 
-from workbench import schema
+from workbench import connection, schema
 from workbench.counts import Counts, CountsTransaction
 from workbench.errors import InputError, RunError
+from workbench.location import local_path
 from workbench.run_rows import check_same, layer_rows, now, run_row
 from workbench.schema import COUNTS, PHASES, RECORDABLE, UNKNOWN_TOKEN
 from workbench.transaction import Block, Transaction, insert_rows
@@ -35,7 +36,7 @@ READERS_WAIT = 600.0
 
 def check_target(path: str | os.PathLike, mode: str) -> None:
     """InputError if a run can't be written to `path` in this mode; changes nothing."""
-    path = Path(path)
+    path = local_path(path)
     if mode not in MODES:
         raise InputError(f"mode {mode!r}: expected one of {', '.join(MODES)}.")
     if path.is_dir():
@@ -51,7 +52,7 @@ def check_target(path: str | os.PathLike, mode: str) -> None:
     if mode == "append" and not path.exists():
         raise InputError(f"{path} does not exist, so no run can be added to it. Leave out --append.")
     if mode in ("append", "resume") and path.exists():
-        schema.connect(path).close()
+        connection.connect(path).close()
 
 
 class Writer:
@@ -149,7 +150,7 @@ class Writer:
             if fresh:
                 _delete(target)
                 schema.create(target)
-            with schema.writing(target, wait=READERS_WAIT) as con:
+            with connection.writing(target, wait=READERS_WAIT) as con:
                 schema.migrate(con)
                 if self.mode == "resume" and not fresh:
                     self._resume(con)
@@ -196,7 +197,7 @@ class Writer:
 
     def _close(self, status: str) -> None:
         try:
-            with schema.writing(self.path, wait=READERS_WAIT) as con:
+            with connection.writing(self.path, wait=READERS_WAIT) as con:
                 values = [status, now() if status == "finished" else None, self.run["run"]]
                 con.execute("UPDATE runs SET status = ?, finished = ? WHERE run = ?", values)
         except (duckdb.Error, InputError) as error:
@@ -252,7 +253,7 @@ class Writer:
     def _commit(self, pending: Transaction | CountsTransaction) -> None:
         if pending.empty():
             return
-        with schema.writing(self.path, wait=READERS_WAIT) as con:
+        with connection.writing(self.path, wait=READERS_WAIT) as con:
             con.execute("BEGIN")
             pending.insert(con)
             con.execute("COMMIT")
@@ -264,7 +265,7 @@ class Writer:
     def _broke(self, error: Exception) -> RunError:
         """The error together with what it means for the file."""
         try:
-            with schema.reading(self.path) as con:
+            with connection.reading(self.path) as con:
                 query = "SELECT count(*), coalesce(sum(n_tokens), 0)::BIGINT FROM sequences WHERE run = ?"
                 n, tokens = con.execute(query, [self.run["run"]]).fetchall()[0]
             kept = f"{n:,} whole sequences ({tokens:,} tokens) are kept in it; --resume continues from there."

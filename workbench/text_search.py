@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from workbench import schema, spelling
+from workbench import connection, spelling
 from workbench.errors import InputError
 from workbench.reading import visible
 from workbench.routing import NO_EXPERT
@@ -113,7 +113,7 @@ def occurrences(
     """
     if not 0 <= layer < trace.n_layers:
         raise InputError(f"layer {layer}: run {trace.run!r} has layers 0 to {trace.n_layers - 1}.")
-    with schema.reading(trace.path) as con:
+    with connection.reading(trace.path) as con:
         query = "SELECT seq, pos FROM tokens WHERE run = ? AND token_id = ? ORDER BY seq, pos"
         places = con.execute(query, [trace.run, int(token_id)]).df()
     places = places[places["seq"].isin(index["seq"])]
@@ -125,7 +125,7 @@ def occurrences(
         return places.assign(before="", token="", after="", experts=None), 0
     given = [trace.run, seqs[0], seqs[-1], seqs]
     where = "run = ? AND seq BETWEEN ? AND ? AND seq IN (SELECT unnest(?))"
-    with schema.reading(trace.path) as con:
+    with connection.reading(trace.path) as con:
         query = f"SELECT seq, pos, experts FROM routing WHERE {where} AND layer = ?"
         rows = con.sql(query, params=[*given, layer]).to_arrow_table()
     part = trace.only(seqs)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from workbench import schema
+from workbench import connection
 from workbench.analysis.matching import common, need_same_layers, sequence_keys
 from workbench.errors import InputError
 from workbench.reading import Reading, read
@@ -32,7 +32,7 @@ def counterparts(trace: Trace, seqs: Sequence[int], other: Trace) -> dict[int, i
             "token ids are known in both. Write them with the runs, as `workbench trace` does."
         )
     alike = "sha256" if digests else "n_prompt"
-    with schema.reading(trace.path) as con:
+    with connection.reading(trace.path) as con:
         query = f"SELECT DISTINCT {alike} FROM sequences WHERE run = ? AND seq IN (SELECT unnest(?))"
         values = [value for (value,) in con.execute(query, [trace.run, [int(seq) for seq in seqs]]).fetchall()]
     here, there = (_by_key(run, alike, values, digests, known) for run in runs)
@@ -51,7 +51,7 @@ def _has_ids(trace: Trace) -> bool:
 
 
 def _answer(trace: Trace, query: str) -> bool:
-    with schema.reading(trace.path) as con:
+    with connection.reading(trace.path) as con:
         return bool(con.execute(query, [trace.run]).fetchall()[0][0])
 
 
@@ -59,7 +59,7 @@ def _by_key(trace: Trace, alike: str, values: list, digests: bool, known: bool) 
     """The sequences whose column `alike` has one of these values, by what makes two of them the same."""
     where = f"run = $run AND {alike} IN (SELECT unnest($values))"
     given = {"run": trace.run, "values": values}
-    with schema.reading(trace.path) as con:
+    with connection.reading(trace.path) as con:
         table = con.execute(f"SELECT * FROM sequences WHERE {where} ORDER BY seq", given).df()
         query = f"SELECT token_id FROM tokens WHERE run = $run AND seq IN (SELECT seq FROM sequences WHERE {where})"
         ids = con.execute(f"{query} ORDER BY seq, pos", given).df()["token_id"].to_numpy()

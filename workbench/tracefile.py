@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from workbench import schema
+from workbench import connection, schema
 from workbench.errors import InputError
 from workbench.location import asking, filesystem, located
 from workbench.query import check
@@ -44,7 +44,7 @@ class Trace:
 
     def __init__(self, path: str | os.PathLike, run: str | None = None):
         self.path = located(path)
-        with schema.reading(self.path) as con:
+        with connection.reading(self.path) as con:
             self.run = schema.find_run(con, self.path, run)
             self.layers: pd.DataFrame = con.execute(
                 "SELECT * EXCLUDE (run) FROM layers WHERE run = ? ORDER BY layer", [self.run]
@@ -118,7 +118,7 @@ class Trace:
 
     def runs(self) -> pd.DataFrame:
         """Every run in the file: the table `runs`, with its JSON columns as Python values."""
-        with schema.reading(self.path) as con:
+        with connection.reading(self.path) as con:
             frame = con.execute("SELECT * FROM runs ORDER BY started, run").df()
         for name in ("recipe", "corpus", "versions"):
             frame[name] = [json.loads(text) if isinstance(text, str) else None for text in frame[name]]
@@ -129,7 +129,7 @@ class Trace:
 
         A key that is already the name of a column gets the prefix `metadata_`.
         """
-        with schema.reading(self.path) as con:
+        with connection.reading(self.path) as con:
             frame = con.execute("SELECT * EXCLUDE (run) FROM sequences WHERE run = ? ORDER BY seq", [self.run]).df()
         frame = frame.loc[np.isin(frame["seq"], self._seqs)].reset_index(drop=True)
         metadata = pd.DataFrame([json.loads(text) for text in frame.pop("metadata")], index=frame.index)
@@ -139,13 +139,13 @@ class Trace:
         """One row a token: seq, pos, token_id (-1 unknown), phase (categorical), nll (nats, NaN unknown)."""
         self._need("ids", "tokens")
         query, given = self._mine("SELECT seq, pos, token_id, phase, nll FROM tokens")
-        with schema.reading(self.path) as con:
+        with connection.reading(self.path) as con:
             frame = con.execute(f"{query} ORDER BY seq, pos", given).df()
         return frame.loc[np.isin(frame["seq"], self._seqs)].reset_index(drop=True)
 
     def vocabulary(self) -> pd.DataFrame:
         """One row a token id that occurs in the run, by id: token_id, text."""
-        with schema.reading(self.path) as con:
+        with connection.reading(self.path) as con:
             return con.execute("SELECT token_id, text FROM vocabulary WHERE run = ? ORDER BY token_id", [self.run]).df()
 
     def sequence_index(self) -> np.ndarray:
@@ -162,7 +162,7 @@ class Trace:
         InputError for what is no question, and with DuckDB's reason if the query fails.
         """
         query = check(query)
-        with schema.reading(self.path) as con:
+        with connection.reading(self.path) as con:
             try:
                 result = con.execute(query)
                 return result.df() if result.description else pd.DataFrame()
@@ -225,7 +225,7 @@ class Trace:
         """
         self._need("predictions")
         query, given = self._mine("SELECT seq, pos, predicted FROM tokens")
-        with schema.reading(self.path) as con:
+        with connection.reading(self.path) as con:
             rows = con.sql(query, params=given).to_arrow_table()
         predicted = rows["predicted"].fill_null(schema.UNKNOWN_TOKEN).to_numpy().astype(np.int32, copy=False)
         return self._place(rows, predicted, schema.UNKNOWN_TOKEN)
@@ -235,7 +235,7 @@ class Trace:
         self._need("profiles")
         n_experts = self._layer(layer)["n_experts"]
         query, given = self._mine("SELECT seq, probs FROM profiles", layer)
-        with schema.reading(self.path) as con:
+        with connection.reading(self.path) as con:
             rows = con.sql(query, params=given).to_arrow_table()
         at, known = self._find(rows["seq"].to_numpy())
         out = np.full((self.n_sequences, n_experts), np.nan, dtype=np.float32)
@@ -291,7 +291,7 @@ class Trace:
         self._layer(layer)
         self._need("ids", "rows of single tokens")
         query, given = self._mine(f"SELECT seq, pos, {', '.join(columns)} FROM routing", layer)
-        with schema.reading(self.path) as con:
+        with connection.reading(self.path) as con:
             return con.sql(query, params=given).to_arrow_table()
 
     def _mine(self, select: str, layer: int | None = None) -> tuple[str, list[Any]]:
@@ -349,7 +349,7 @@ def matrix(lists: pa.ChunkedArray, width: int, dtype: Any, fill: Any) -> np.ndar
 
 def info(path: str | os.PathLike) -> dict[str, Any]:
     """What a trace holds, as nested facts that JSON can hold (times as datetime)."""
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         (version,) = con.execute("SELECT version FROM format").fetchall()[0]
         found = con.sql(_INFO).to_arrow_table().to_pylist()
     for run in found:

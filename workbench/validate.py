@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import duckdb
 import pandas as pd
 
-from workbench import counts_checks, folder, schema
+from workbench import connection, counts_checks, folder, schema
 from workbench.errors import InputError
 from workbench.location import is_folder, located
 
@@ -48,7 +48,7 @@ def validate(
         harm = (f"{name} is damaged or cut short ({why})" for name, why in folder.damaged(where, schema.columns()))
         if found := _of_parts(harm):  # every question that needs the file would fail for this one reason
             return _as_frame(found)
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         found = _of_parts(folder.disagreeing(where, con)) if is_folder(where) else []
         version = schema.version_of(con)
         names = [row["run"] for row in schema.runs(con)] if run is None else [schema.find_run(con, path, run)]
@@ -84,7 +84,7 @@ def _broken(con: duckdb.DuckDBPyConnection, check: Check, run: str | None) -> li
     try:
         rows, first = con.execute(query, {} if run is None else {"run": run}).fetchall()[0]
     except duckdb.OutOfMemoryException as error:  # which says nothing of the trace
-        raise InputError(f"the check {check.name} needs more memory: raise {schema.MEMORY}. {error}") from error
+        raise InputError(f"the check {check.name} needs more memory: raise {connection.MEMORY}. {error}") from error
     except duckdb.Error as error:  # such as a block that can't be read
         return [("error", check.name, run, None, None, None, 0, f"the check failed: {schema.first_line(error)}")]
     if not rows:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from workbench.validate import validate
 
 ray = pytest.importorskip("ray")
 from workbench.engines import ray as engine  # noqa: E402
+from workbench.engines import ray_cluster  # noqa: E402
 from workbench.engines.ray_tries import Tries  # noqa: E402
 from workbench.engines.ray_worker import OUTCOME, TRIES, Work, Worker, packed, shards, unpacked  # noqa: E402
 
@@ -58,7 +59,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with engine._cluster("local"):
+    with ray_cluster.cluster("local"):
         yield
 
 
@@ -192,16 +193,29 @@ def test_what_a_worker_runs_into_ends_the_run_with_its_message(cluster, folder: 
         spread(folder, f"{tmp_path}/idle/", recipe=[Ablate(layer=1, experts=[2], scope="token=300")])
 
 
+def commanded(folder: Path, out: Path, workers: int) -> list[str]:
+    """What the command line of a run is."""
+    asked = ["trace", folder / "model", "--corpus", folder / "texts.jsonl", "--out", out, "--run", "texts"]
+    asked += ["--engine", "ray", "--workers", workers, "--batch-tokens", "300"]
+    return [sys.executable, "-m", "workbench", *map(str, asked)]
+
+
+@contextmanager
+def writing(command: list[str], out: Path) -> Iterator[subprocess.Popen]:
+    """The process of a run that has written its first part, or has ended."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as driver:
+        patience = time.monotonic() + 240
+        while not list(out.with_name(f"{out.name}.parts").glob("sequences/*.parquet")) and driver.poll() is None:
+            assert time.monotonic() < patience
+            time.sleep(0.05)
+        yield driver
+
+
 @pytest.mark.slow
 def test_a_driver_that_is_killed_leaves_whole_parts_and_no_process(folder: Path, tmp_path: Path):
     out = tmp_path / "two.duckdb"
-    command = [sys.executable, "-m", "workbench", "trace", folder / "model", "--corpus", folder / "texts.jsonl"]
-    command += ["--out", out, "--engine", "ray", "--workers", "2", "--batch-tokens", "300", "--run", "texts"]
-    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as driver:
-        patience = time.monotonic() + 240
-        while not list(out.with_name("two.duckdb.parts").glob("sequences/*.parquet")) and driver.poll() is None:
-            assert time.monotonic() < patience
-            time.sleep(0.05)
+    command = commanded(folder, out, workers=2)
+    with writing(command, out) as driver:
         started = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(started, timeout=60)
@@ -211,7 +225,7 @@ def test_a_driver_that_is_killed_leaves_whole_parts_and_no_process(folder: Path,
     }  # they end later
     left = Trace(out.with_name("two.duckdb.parts"))
     assert 0 < left.n_sequences < 48 and sound(left)
-    done = subprocess.run([*map(str, command), "--resume"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
     assert done.stderr == "" and done.stdout.startswith(f"{out}: ")
     assert_same(single(folder, tmp_path / "one.duckdb"), Trace(out))
 
@@ -234,13 +248,7 @@ def test_workers_without_a_place_are_not_waited_for_long(cluster, folder: Path, 
 @pytest.mark.slow
 def test_sigterm_ends_a_run_as_ctrl_c_does(folder: Path, tmp_path: Path):
     out = tmp_path / "two.duckdb"
-    command = [sys.executable, "-m", "workbench", "trace", folder / "model", "--corpus", folder / "texts.jsonl"]
-    command += ["--out", out, "--engine", "ray", "--workers", "1", "--batch-tokens", "300", "--run", "texts"]
-    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as driver:
-        patience = time.monotonic() + 240
-        while not list(out.with_name("two.duckdb.parts").glob("sequences/*.parquet")) and driver.poll() is None:
-            assert time.monotonic() < patience
-            time.sleep(0.05)
+    with writing(commanded(folder, out, workers=1), out) as driver:
         driver.terminate()
         _, said = driver.communicate()
     assert driver.returncode == 130 and "--resume finishes it" in said and "Traceback" not in said
@@ -253,8 +261,8 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(folder: Path, tmp_path: Path):
 @pytest.fixture
 def driven(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Work]]:
     """`engine.trace` on no cluster, whose workers do only what `do` says; returns what they were given."""
-    monkeypatch.setattr(engine, "_cluster", lambda address: nullcontext())
-    monkeypatch.setattr(engine, "_claim", lambda workers, gpus: None)
+    monkeypatch.setattr(engine, "cluster", lambda address: nullcontext())
+    monkeypatch.setattr(engine, "claim_of", lambda workers, gpus: None)
 
     def drive(do: Callable[[Work], None], *asked: Any, **options: Any) -> Work:
         given: list[Work] = []
@@ -495,8 +503,8 @@ def test_a_file_without_all_texts_is_not_finished_by_resuming_without_its_parts(
 
 def test_more_gpus_than_there_are_is_refused(cluster):
     with pytest.raises(InputError, match="2 workers with 0.5 GPUs each don't fit a cluster with 0 GPUs"):
-        engine._claim(2, 0.5)
-    assert engine._claim(3, 0.0).cpus * 3 <= (os.cpu_count() or 1) / 2 + 1e-3
+        ray_cluster.claim_of(2, 0.5)
+    assert ray_cluster.claim_of(3, 0.0).cpus * 3 <= (os.cpu_count() or 1) / 2 + 1e-3
 
 
 def test_a_cluster_that_does_not_answer(monkeypatch):
@@ -507,7 +515,7 @@ def test_a_cluster_that_does_not_answer(monkeypatch):
         monkeypatch.setattr(ray, name, double)
     with (
         pytest.raises(RunError, match=r"Ray \(10.0.0.1:6379\) can't be used: .*RAY_AUTH_MODE=token"),
-        engine._cluster("10.0.0.1:6379"),
+        ray_cluster.cluster("10.0.0.1:6379"),
     ):
         pass
 
@@ -519,7 +527,7 @@ def test_ray_does_not_keep_the_handler_of_sigterm(monkeypatch):
     for name, double in {"is_initialized": lambda: False, "init": init, "shutdown": lambda: None}.items():
         monkeypatch.setattr(ray, name, double)
     before = signal.getsignal(signal.SIGTERM)
-    with engine._cluster("10.0.0.1:6379"):
+    with ray_cluster.cluster("10.0.0.1:6379"):
         now = signal.signal(signal.SIGTERM, before)
     assert now is before
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from workbench import schema
+from workbench import connection, schema
 from workbench.errors import InputError
 from workbench.location import exists
 from workbench.schema import UNKNOWN_TOKEN
@@ -48,7 +48,7 @@ def other_run(trace: Trace, other: Trace | str | None) -> Trace:
     """
     if isinstance(other, Trace):
         return other
-    with schema.reading(trace.path) as con:
+    with connection.reading(trace.path) as con:
         runs = [row["run"] for row in schema.runs(con)]
     others = [run for run in runs if run != trace.run]
     listed = f"{trace.path} holds {', '.join(runs)}"

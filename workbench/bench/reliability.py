@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from workbench import schema
+from workbench import connection, schema
 from workbench.bench import troubled
 from workbench.errors import InputError
 from workbench.validate import validate
@@ -192,7 +192,7 @@ def told(log: Path) -> list[int]:
 
 def contents(path: Path) -> dict[str, pa.Table]:
     """Every table, in one order, but for what says when the run was."""
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         return {
             table: con.sql(
                 f"SELECT * {'EXCLUDE (started, finished)' if table == 'runs' else ''} FROM {table} ORDER BY ALL"

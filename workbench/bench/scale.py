@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench import analysis, parts, schema
+from workbench import analysis, connection, parts
 from workbench.bench.generated import Generated
 from workbench.bench.large import peak
 from workbench.bench.made_up_trace import block, word
@@ -162,7 +162,7 @@ MEASUREMENTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
 
 def _asked(file: Path, question: str, memory: int | None) -> dict[str, Any]:
     """What `answer` prints, in a process whose DuckDB may use so many bytes."""
-    limits = {} if memory is None else {schema.MEMORY: f"{memory // 1024}KiB"}
+    limits = {} if memory is None else {connection.MEMORY: f"{memory // 1024}KiB"}
     code = f"from workbench.bench.scale import answer; answer({str(file)!r}, {question!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=os.environ | limits

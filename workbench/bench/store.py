@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench import schema
+from workbench import connection, schema
 from workbench.routing import Routing
 from workbench.store import Block, Writer
 from workbench.tracefile import Trace
@@ -66,7 +66,7 @@ def run(quick: bool = False) -> dict[str, Any]:
 
 def _routing_bytes(path: Path) -> int:
     """Size of the blocks that hold the table `routing`."""
-    with schema.reading(path) as con:
+    with connection.reading(path) as con:
         query = "SELECT count(DISTINCT block_id) FROM pragma_storage_info('routing')"
         return con.execute(query).fetchall()[0][0] * schema.BLOCK_SIZE
 

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from workbench import parts, schema
+from workbench import connection, parts
 from workbench.bench import aftermath, damage, reliability, troubled
 from workbench.bench.reliability import AFTER, BEFORE, COUNTED, RECORDED, WRITING, Ground, Outcome
 from workbench.bench.troubled import Trouble
@@ -209,7 +209,7 @@ def readers(ground: Ground, place: Path, dice: random.Random) -> Outcome:
         if not out.exists():
             time.sleep(0.005)
             continue
-        with schema.reading(out) as con:
+        with connection.reading(out) as con:
             n, tokens, stated, routing = con.execute(
                 "SELECT (SELECT count(*) FROM sequences), (SELECT count(*) FROM tokens), "
                 "(SELECT coalesce(sum(n_tokens), 0) FROM sequences), (SELECT count(*) FROM routing)"
@@ -292,7 +292,7 @@ N_PARTS = 8
 
 def write_parts(folder: str, source: str, pause: float) -> None:
     """Write the run of a file as a folder of N_PARTS parts, those that are not there yet."""
-    with schema.reading(source) as con:
+    with connection.reading(source) as con:
         (run,) = con.sql("SELECT * EXCLUDE (started, finished, status) FROM runs").to_arrow_table().to_pylist()
         layers = con.sql("SELECT * EXCLUDE (run) FROM layers ORDER BY layer").to_arrow_table().to_pylist()
         run |= {name: None if run[name] is None else json.loads(run[name]) for name in ("corpus", "recipe", "versions")}

@@ -167,9 +167,9 @@ def _tell(writer: Any, path: str, pause: float) -> None:
 
 def _die(writer: Any, trouble: Trouble) -> None:
     """The process kills itself inside of a transaction."""
-    from workbench import counts, schema, transaction
+    from workbench import connection, counts, transaction
 
-    original, writing, n = writer._commit, schema.writing, 0
+    original, writing, n = writer._commit, connection.writing, 0
 
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -202,7 +202,7 @@ def _die(writer: Any, trouble: Trouble) -> None:
                 for module in (transaction, counts):
                     _before(module, "insert_columns", lambda con, table, *_: table in ("routing", "pairs") and die())
             else:
-                schema.writing = fatal
+                connection.writing = fatal
         original(self, pending)
 
     writer._commit = commit

@@ -48,9 +48,9 @@ def app(
         if port is not None and probe.connect_ex(("localhost", port)) == 0:
             raise InputError(f"--port {port} is in use; choose another, or leave it out to take a free one.")
     if file is not None:
-        from workbench import schema
+        from workbench import connection
 
-        with schema.reading(file):  # a file that can't be shown is refused before there is a server
+        with connection.reading(file):  # a file that can't be shown is refused before there is a server
             pass
     given = {"TRACE": file and file.resolve(), "MODEL": model, "DEVICE": device, "DTYPE": dtype}
     os.environ.update({f"WORKBENCH_{name}": str(value) for name, value in given.items() if value})

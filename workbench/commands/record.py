@@ -254,10 +254,10 @@ def _starts(out: str) -> list[datetime]:
     """When the runs of a trace began; none if there is no trace that can be read."""
     if not exists(out):
         return []
-    from workbench import schema
+    from workbench import connection
 
     try:
-        with schema.reading(out, wait=1) as con:
+        with connection.reading(out, wait=1) as con:
             return [started for (started,) in con.execute("SELECT started FROM runs").fetchall()]
     except InputError:
         return []

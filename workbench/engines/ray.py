@@ -13,13 +13,10 @@ import logging
 import math
 import os
 import shutil
-import signal
-import tempfile
-import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from collections.abc import Sequence as Several
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from workbench import bundled, parts, schema
+from workbench import bundled, connection, parts, schema
 from workbench import corpus as corpora
 from workbench.capture import prepare
 from workbench.combine import merge
@@ -49,13 +46,13 @@ from workbench.tracefile import Trace
 try:
     import ray
     import ray.data
-    from ray._private import worker as driver
     from ray.data.exceptions import SystemException
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as missing:
     raise InputError(f"--engine ray needs Ray ({missing}): pip install 'moe-workbench[scale]'") from missing
 
+from workbench.engines.ray_cluster import Claim, claim_of, cluster, stalled
 from workbench.engines.ray_tries import Tries, here
 from workbench.engines.ray_worker import Work, Worker, shards
 
@@ -65,13 +62,6 @@ SHARD_TOKEN_LAYERS = 5_000_000
 """Largest shard: parts of this size are read fastest."""
 START_SECONDS = 300.0
 """Within which all workers have to have their place in the cluster. Loading the model isn't counted."""
-TOKEN = (
-    " A cluster that `ray start` made asks for a token: set RAY_AUTH_MODE=token, and have the cluster's token in "
-    "~/.ray/auth_token or in RAY_AUTH_TOKEN."
-)
-"""Ray says of a missing token only that it failed to connect."""
-OBJECT_STORE = 256 << 20
-"""Bytes of shards that Ray keeps in memory on one machine; beyond that they go to its temporary folder."""
 
 
 def trace(
@@ -140,8 +130,8 @@ def trace(
         experts=job.experts,
         generate=generate,
     )
-    with _locked(file or folder), _cluster(address):
-        claim = _claim(workers, gpus)
+    with _locked(file or folder), cluster(address):
+        claim = claim_of(workers, gpus)
         with _begun(folder, header, job.layers, mode), progress_bar(job, progress is True) as bar:
             told = progress if callable(progress) else untold
             _run(job, work, claim, batches(job.texts(), batch_tokens), bar, told)
@@ -193,7 +183,7 @@ def _targets(out: str | os.PathLike, mode: str) -> tuple[Path | Url, Path | None
 
 def _check_resumed(file: Path, folder: Path | Url, header: Mapping[str, Any]) -> None:
     """InputError unless the file holds this run alone, and, where there are no parts to continue with, all of it."""
-    with schema.reading(file) as con:
+    with connection.reading(file) as con:
         there = [row["run"] for row in schema.runs(con)]
     run, expected = header["run"], header["corpus"]["sequences"]
     if there != [run]:
@@ -247,91 +237,6 @@ def _locked(out: Path | Url) -> Iterator[None]:
         lock.release()
 
 
-# --- the cluster
-
-
-@contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    """Ray, connected or started, and left as it was."""
-    if ray.is_initialized():
-        yield
-        return
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"} | os.environ
-    where = address or os.environ.get("RAY_ADDRESS") or "local"
-    own = where == "local"
-    # Sockets are in it, whose names can't be long; TMPDIR often is.
-    temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp") if own and os.path.isdir("/tmp") else None
-    local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE, "_temp_dir": temporary} if own else {}
-    driver._worker_logs_enabled = False  # it prints a paragraph where a worker dies
-    try:
-        try:
-            with _quiet(), _own_handler(signal.SIGTERM):
-                ray.init(where, log_to_driver=False, logging_level=logging.ERROR, **local)
-        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-            raise RunError(
-                f"Ray ({where}) can't be used: {schema.first_line(error).rstrip('.')}.{'' if own else TOKEN}"
-            ) from error
-        yield
-    finally:
-        ray.shutdown()
-        driver._worker_logs_enabled = True
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _own_handler(which: signal.Signals) -> Iterator[None]:
-    """The signal's handler after the block is that of before: Ray's would abort this process."""
-    handler = signal.getsignal(which)
-    try:
-        yield
-    finally:
-        if handler is not None and threading.current_thread() is threading.main_thread():  # no other may set one
-            signal.signal(which, handler)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing on the terminal from code that isn't Python's: Ray's says there which level of logging it was given."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What the workers get of a cluster: so many CPUs and GPUs are each one's place, and so many threads it uses."""
-
-    workers: int
-    cpus: float
-    gpus: float
-    threads: int
-
-
-def _claim(workers: int, gpus: float) -> Claim:
-    """InputError if the cluster hasn't so many GPUs.
-
-    Workers that claimed all CPUs would leave none for Ray's own tasks, and all would wait for ever. Half of the CPUs,
-    in pieces of at most one, are to be had on any cluster that nobody else uses, however they spread over machines.
-    """
-    there = ray.cluster_resources()
-    cpus, all_gpus = there.get("CPU", 1.0), there.get("GPU", 0.0)
-    if gpus and workers > (all_gpus * int(1 / gpus + 1e-6) if gpus <= 1 else all_gpus // gpus):
-        raise InputError(
-            f"{workers} workers with {gpus:g} GPUs each don't fit a cluster with {all_gpus:g} GPUs: ask for fewer "
-            "--workers, or for a fraction with --worker-gpus."
-        )
-    return Claim(workers, int(min(1.0, cpus / workers / 2) * 1e4) / 1e4, gpus, max(1, int(cpus // workers)))
-
-
-# --- the run
-
-
 @contextmanager
 def _begun(folder: Path | Url, header: Mapping[str, Any], layers: list[dict[str, Any]], mode: str) -> Iterator[None]:
     """The run in the folder, which says at the end how it ended.
@@ -359,7 +264,7 @@ def _begun(folder: Path | Url, header: Mapping[str, Any], layers: list[dict[str,
 
 def _done(folder: Path | Url, run: str) -> set[int]:
     """The run's sequences that parts have."""
-    with schema.reading(folder) as con:
+    with connection.reading(folder) as con:
         return {seq for (seq,) in con.execute("SELECT seq FROM sequences WHERE run = ?", [run]).fetchall()}
 
 
@@ -409,7 +314,7 @@ def _outcomes(refs: list[Any], work: Work, claim: Claim) -> Generator[dict[str, 
     if not refs:
         return
     if not ray.wait([ray.remote(here).remote()], timeout=START_SECONDS)[0]:  # Ray Data asks without a limit
-        raise _stalled(claim)
+        raise stalled(claim, START_SECONDS)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.wait_for_min_actors_s = int(START_SECONDS)
@@ -432,7 +337,7 @@ def _outcomes(refs: list[Any], work: Work, claim: Claim) -> Generator[dict[str, 
     try:
         yield from dataset.iter_rows()
     except GetTimeoutError as error:
-        raise _stalled(claim) from error
+        raise stalled(claim, START_SECONDS) from error
     except (RayError, SystemException) as error:
         raise RunError(f"the workers broke off: {_why(error)}. --resume continues with what is missing.") from error
     finally:
@@ -448,15 +353,3 @@ def _why(error: BaseException) -> str:
         error = before
     said = next(iter(str(error).strip().splitlines()), "").rstrip(".")
     return plain(f"{type(error).__name__}: {said}" if said else type(error).__name__)
-
-
-def _stalled(claim: Claim) -> RunError:
-    return RunError(
-        f"{claim.workers} workers with {claim.cpus:g} CPUs and {claim.gpus:g} GPUs each found no place within "
-        f"{START_SECONDS:g} s: the cluster has {_listed(ray.cluster_resources())}, of which "
-        f"{_listed(ray.available_resources())} are free. Wait, or ask for fewer --workers; then --resume."
-    )
-
-
-def _listed(resources: Mapping[str, float]) -> str:
-    return " and ".join(f"{resources.get(name, 0.0):g} {name}s" for name in ("CPU", "GPU"))
