@@ -86,6 +86,23 @@ def test_cancelling_stops_it_and_the_next_is_answered(trace, workers):
     again.cancel()
 
 
+def test_a_question_that_is_left_is_not_waited_for(trace, workers):
+    running, left = (workers.ask(asked(trace, "load", ("n_resamples", 30_000_000 + n))) for n in range(2))
+    last = workers.ask(asked(trace, "balance", ("n_resamples", 1)))
+    while not running.future.running():
+        time.sleep(0.01)
+    for one in (running, left, last):
+        workers.leave(one.asked)
+    assert not running.done and workers.known(running.asked) is running
+    assert left.cancelled and last.cancelled and workers.known(left.asked) is None
+    again = workers.ask(last.asked)
+    running.cancel()
+    assert len(again.table())
+    workers.leave(again.asked)
+    assert workers.known(again.asked) is again
+    workers.leave(left.asked)
+
+
 def test_a_process_that_dies_is_an_error_and_asking_again_begins_anew(trace, workers):
     slow = workers.ask(asked(trace, "load", ("n_resamples", 20_000_001)))
     assert not slow.wait(1)

@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import checkpoint
 import duckdb
@@ -486,6 +488,21 @@ def test_bench(what: str, workbench: Command, tmp_path: Path):
     last = json.loads(result.out.strip().splitlines()[-1])
     assert last == json.loads((tmp_path / "b.json").read_text())
     assert last["device"] and re.fullmatch(r"\d{4}-\d\d-\d\d", last["date"])
+
+
+def test_ctrl_c_while_the_command_starts(workbench: Command, monkeypatch):
+    """The signal comes while the commands are imported."""
+    monkeypatch.setitem(sys.modules, "workbench.cli", Interrupted("workbench.cli"))
+    try:
+        result = workbench("info", "any.duckdb")
+    except KeyboardInterrupt:
+        pytest.fail("a traceback")
+    assert (result.code, result.out, result.err) == (130, "", "")
+
+
+class Interrupted(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        raise KeyboardInterrupt
 
 
 def test_every_command_has_help(workbench: Command):

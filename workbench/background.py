@@ -162,6 +162,14 @@ class Workers:
             self._forget()
             return known
 
+    def leave(self, asked: Asked) -> None:
+        """Take a question back, unless a process is at it; whoever asks again begins anew."""
+        with self._lock:
+            known = self._answers.get(asked)
+            if known is not None and not known.done and not known.future.running():
+                del self._answers[asked]
+                known.cancel()
+
     def known(self, asked: Asked) -> Answer | None:
         """The answer to a question if it was asked, whatever became of it."""
         return self._answers.get(asked)

@@ -165,10 +165,10 @@ def finished(asked: Asked, name: str) -> Answer | None:
     if answer is None:
         answer = workers.ask(asked, view.whole().n_layers)
         answer.wait(AT_ONCE)
-    if answer.done:
+    if answer.done and not answer.cancelled:  # another session may just have left the question
         return answer
     done, layers = answer.progress
-    with poll.waiting(name, lambda: answer.done):
+    with poll.waiting(name, lambda: answer.done, asked):
         text = f"layer {done} of {layers}" if layers and done else "starting"
         st.progress(done / layers if layers else 0.0, f"{answer.seconds:.0f} s: {text}", width="stretch")
         st.button("Cancel", key=f"cancel-{name}", icon=":material/close:", on_click=answer.cancel)

@@ -6,10 +6,14 @@ other's turns, and a callback that asks for some fragments only would swallow a 
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import streamlit as st
 import streamlit.components.v2 as components
 from streamlit.delta_generator import DeltaGenerator
+
+from workbench.background import Asked
+from workbench_app import view
 
 # The browser clicks a button where the fragment could call st.rerun. That goes on with the old page after a click on a
 # link has stopped it, and the new page, should it call st.rerun itself, becomes the old one again. For the same reason
@@ -49,31 +53,46 @@ EACH = 1.5
 _timer = components.component("workbench_poll", js=JS)
 
 
+class Wait(NamedTuple):
+    """What something on the page waits for; `asked` where `view.workers` are asked it."""
+
+    ready: Callable[[], bool]
+    asked: Asked | None
+
+
 def begin() -> DeltaGenerator:
     """Nothing waits yet: called before a page is drawn.
 
     Returns where the timer goes, which is the same place on every page: a tick that was sent as another page was opened
     is answered on the new one, and would be drawn where that has nothing.
     """
+    st.session_state["left"] = {wait.asked for wait in st.session_state.get("waiting", {}).values()}
     st.session_state["waiting"] = {}
     return st.container(key="poll-slot")
 
 
 def end(slot: DeltaGenerator) -> None:
-    """The page is drawn; the timer goes where `begin` said."""
+    """The page is drawn; the timer goes where `begin` said.
+
+    What was waited for before and isn't now, because this is another page, or about other texts, is not to keep what
+    is asked now waiting.
+    """
     st.session_state["drawn"] = time.monotonic()
+    wanted = {wait.asked for wait in st.session_state["waiting"].values()}
+    for asked in st.session_state.pop("left") - wanted - {None}:
+        view.workers().leave(asked)
     with slot:
         st.html(STYLE)
         st.button("Draw again", key="poll-again")
         _ask()
 
 
-def waiting(name: str, ready: Callable[[], bool]) -> DeltaGenerator:
-    """Says that what is called this waits until it is ready.
+def waiting(name: str, ready: Callable[[], bool], asked: Asked | None = None) -> DeltaGenerator:
+    """Says that what is called this waits until it is ready, and for which question.
 
     Returns a container for what it shows meanwhile. Something has to be in it: the timer looks for it on the page.
     """
-    st.session_state["waiting"][name] = ready
+    st.session_state["waiting"][name] = Wait(ready, asked)
     return st.container(key=f"waiting-{name}", horizontal=True, vertical_alignment="center")
 
 
@@ -86,5 +105,5 @@ def done(name: str) -> None:
 def _ask() -> None:
     """Tells the browser whether the page is due to be drawn again."""
     waits = st.session_state["waiting"].values()
-    due = any(ready() for ready in waits) or time.monotonic() - st.session_state["drawn"] > EACH
+    due = any(wait.ready() for wait in waits) or time.monotonic() - st.session_state["drawn"] > EACH
     _timer(key="poll", height="content", data={"due": due}, on_tick_change=lambda: None)

@@ -1,7 +1,9 @@
 """The Structure page as a script: its tabs, of the trace and of the model."""
 
 import pytest
-from pages import answered, headings, opened, said
+from pages import answered, begun, headings, opened, said
+
+from workbench import background
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,22 @@ def test_another_checkpoint(monkeypatch, demo_trace):
 def test_what_takes_minutes_waits_to_be_told(monkeypatch, demo_trace):
     page = opened(monkeypatch, demo_trace, "structure", structure_tab="Without an expert")
     assert "isn't begun unasked" in said(page) and not page.dataframe
+
+
+def test_questions_of_a_page_that_was_left(monkeypatch, demo_trace):
+    """They are taken back when another page, or another part of the texts, is looked at: not those that go on."""
+    left: list[background.Asked] = []
+    monkeypatch.setattr(background.Answer, "done", False)
+    monkeypatch.setattr(background.Workers, "leave", lambda _, asked: left.append(asked))
+    monkeypatch.setenv("WORKBENCH_TRACE", str(demo_trace))
+    page = begun("structure", structure_tab="Within a layer").run()
+    waited = {wait.asked for wait in page.session_state["waiting"].values()}
+    assert len(waited) == 2 and not page.run().exception and not left
+    page.text_input("where").set_value("lang=de").run()
+    assert set(left) == waited and not page.exception
+    german = {wait.asked for wait in page.session_state["waiting"].values()}
+    page.switch_page("languages.py").run()
+    assert set(left) == waited | german and {one.where for one in german} == {"lang=de"}
 
 
 def test_without_a_trace(monkeypatch):

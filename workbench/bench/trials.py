@@ -21,6 +21,7 @@ from workbench.bench import aftermath, damage, reliability, troubled
 from workbench.bench.reliability import AFTER, BEFORE, COUNTED, RECORDED, WRITING, Ground, Outcome
 from workbench.bench.troubled import Trouble
 from workbench.combine import merge
+from workbench.tracefile import Trace
 from workbench.validate import validate
 
 Trial = Callable[[Ground, Path, random.Random], Outcome]
@@ -333,12 +334,14 @@ def _signalled(ground: Ground, place: Path, dice: random.Random, which: signal.S
     outcome = Outcome(
         f"{which.name}{' twice' if again else ''} {what}", aftermath.how(code), moment, said=aftermath.last(log)
     )
-    killed = which is signal.SIGKILL
-    expected = (0, -which) if killed or not out.exists() else (0, 130)
-    outcome.expect(code in (*expected, 130), f"ended with {aftermath.how(code)}")
-    if code == 0:
+    killed, begun = which is signal.SIGKILL, out.exists()
+    written = begun and not killed and Trace(out).runs()["status"].tolist() == ["finished"]
+    # Before the run has begun and after it has ended SIGTERM is the system's, and ends the process without a word.
+    expected = (0, 130) if begun and not killed and not written else (0, 130, -which)
+    outcome.expect(code in expected, f"ended with {aftermath.how(code)}")
+    if code == 0 or (written and code == -which):
         outcome.moment = AFTER
-    elif not killed and out.exists():
+    elif not killed and begun:
         aftermath.clear(outcome, log, out, ("interrupted", "the same command"))
     aftermath.kept(outcome, out, log)
     aftermath.finish(ground, outcome, out, log, options, "--resume")

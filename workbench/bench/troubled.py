@@ -99,6 +99,8 @@ def _answer(there: Any, function: Callable[..., Any], given: tuple[Any, ...]) ->
 
 
 def _main(arguments: list[str], log: str, circumstances: dict[str, Any]) -> None:
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is a command that they could be sent to
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -107,7 +109,7 @@ def _main(arguments: list[str], log: str, circumstances: dict[str, Any]) -> None
     import torch
     import transformers
 
-    from workbench import store, tally, transaction
+    from workbench import cli, store, tally, transaction
     from workbench.__main__ import main
 
     torch.set_num_threads(1)
@@ -130,6 +132,13 @@ def _main(arguments: list[str], log: str, circumstances: dict[str, Any]) -> None
         most = pages * resource.getpagesize() + trouble.memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     sys.argv = ["workbench", *arguments]
+    app = cli.app
+
+    def begin() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        app()
+
+    cli.app = begin
     main()
 
 
