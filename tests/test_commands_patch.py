@@ -67,3 +67,4 @@ def test_remote_without_a_key(workbench: Command, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(CONFIG.API, "APIKEY", None)
     refused(workbench("patch", *PROMPTS, *ANSWERS, "--remote"), "set NDIF_API_KEY")
+    refused(workbench("patch", *PROMPTS, *ANSWERS, "--remote", "--revision", "main"), "Leave out --revision")

@@ -37,3 +37,9 @@ def check_on_hub(model: Model) -> None:
     name = getattr(getattr(model.module, "config", None), "name_or_path", "")
     if not name or Path(name).exists():
         raise InputError(f"remote: NDIF runs models of the Hub, by their id; {model.name} is on this machine only.")
+
+
+def check_revision(revision: str | None) -> None:
+    """InputError for a revision, which NDIF would not hear of."""
+    if revision is not None:
+        raise InputError(f"revision {revision!r}: NDIF runs the revision that it has. Leave out --revision.")

@@ -75,6 +75,7 @@ def test_without_a_key(workbench: Command, tmp_path: Path, monkeypatch: pytest.M
     refused(workbench(*asked, "--record", "ids,logits"), "leave out logits")
     refused(workbench(*asked, "--generate", 3, "--counts-by", "lang"), "leave out counts_by, generate")
     refused(workbench(*asked, "--dtype", "float32"), "Leave out --dtype")
+    refused(workbench(*asked, "--revision", "step1000"), "'step1000'", "Leave out --revision")
     refused(workbench(*asked, "--experts", "model"), "--experts is about transformers")
 
 

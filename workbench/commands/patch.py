@@ -71,6 +71,7 @@ def patch(
     from workbench.figures import FORMATS, save
     from workbench.printing import plain, print_table, show
     from workbench.prompt_pairs import Pair, read_pairs
+    from workbench.remote import check_revision
 
     check_output(out, (".csv", ".parquet", ".tex"), overwrite)
     check_output(figure, FORMATS, overwrite)
@@ -89,6 +90,8 @@ def patch(
     from workbench import causal
     from workbench.models import load
 
+    if remote:
+        check_revision(revision)
     loaded = load(model, revision=revision, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     frame = causal.patch(
         loaded,

@@ -26,7 +26,7 @@ from workbench.errors import InputError, RunError
 from workbench.forward import predicts_next, reads_twice, sequence_rows, token_arrays
 from workbench.job import progress_bar, token_ids
 from workbench.models import Model, load, outline
-from workbench.remote import check_key, check_on_hub, expert_paths, wrapped
+from workbench.remote import check_key, check_on_hub, check_revision, expert_paths, wrapped
 from workbench.routing import Routing
 from workbench.store import Block, Writer, check_target
 from workbench.tokenization import LongTexts, Sequence, token_texts
@@ -57,7 +57,8 @@ def trace(
 ) -> Trace:
     """Record the routing of at most MOST_TEXTS texts into the file `out`; see `workbench.capture.trace`.
 
-    record  of ids and weights; counts_by, recipe, generate and a dtype are refused: NDIF runs the model as it has it
+    record  of ids and weights; counts_by, recipe, generate, a dtype and a revision are refused: NDIF runs the model as
+            it has it
     remote  handed to nnsight: True runs on NDIF, "local" here but by way of what would be sent there, False here
 
     InputError if the request can't be met, there is no key, no network, or NDIF isn't running the model; RunError if a
@@ -71,6 +72,8 @@ def trace(
         raise InputError(f"NDIF gives the ids and weights of a text as it is: leave out {', '.join(unmet)}.")
     if elsewhere and dtype != "auto":
         raise InputError(f"dtype {dtype!r}: NDIF runs a model in the dtype that it has it in. Leave out --dtype.")
+    if elsewhere:
+        check_revision(revision)
     try:
         import nnsight  # noqa: F401
     except ImportError:
