@@ -94,10 +94,13 @@ def test_a_question_that_is_left_is_not_waited_for(trace, workers):
     for one in (running, left, last):
         workers.leave(one.asked)
     assert not running.done and workers.known(running.asked) is running
-    assert left.cancelled and last.cancelled and workers.known(left.asked) is None
+    assert workers.known(left.asked) is workers.known(last.asked) is None
+    assert left.progress == (0, 0)
     again = workers.ask(last.asked)
     running.cancel()
     assert len(again.table())
+    with pytest.raises(RunError, match="cancelled"):  # it was not answered
+        left.table()
     workers.leave(again.asked)
     assert workers.known(again.asked) is again
     workers.leave(left.asked)

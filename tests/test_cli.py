@@ -22,6 +22,7 @@ from commandline import Command, refused
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from workbench import analysis, cli
+from workbench.errors import RunError
 from workbench.schema import RECORDABLE
 from workbench.tracefile import Trace
 
@@ -488,6 +489,32 @@ def test_bench(what: str, workbench: Command, tmp_path: Path):
     last = json.loads(result.out.strip().splitlines()[-1])
     assert last == json.loads((tmp_path / "b.json").read_text())
     assert last["device"] and re.fullmatch(r"\d{4}-\d\d-\d\d", last["date"])
+
+
+def caused(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+CTRL_C = [
+    KeyboardInterrupt(),
+    RuntimeError("Query interrupted"),
+    caused(SystemError("CPUDispatcher returned a result with an exception set"), KeyboardInterrupt()),
+    caused(RunError("the model failed"), RuntimeError("Query interrupted")),
+]
+
+
+@pytest.mark.parametrize("error", CTRL_C, ids=["Python", "DuckDB", "numba", "within the model"])
+def test_ctrl_c_in_native_code_is_ctrl_c(error, workbench: Command, monkeypatch, folder: Path, tmp_path: Path):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("workbench.models.load", fail)
+    trace = ("trace", folder / "model", "--corpus", folder / "texts.jsonl", "--out", tmp_path / "t.duckdb")
+    result = workbench(*trace)
+    assert (result.code, result.err) == (130, "interrupted: the same command finishes it\n")
+    monkeypatch.setattr("workbench.tracefile.info", fail)
+    assert workbench("info", folder / "t.duckdb").code == 130
 
 
 def test_ctrl_c_while_the_command_starts(workbench: Command, monkeypatch):

@@ -348,6 +348,19 @@ def test_queue_is_bounded_by_bytes(tmp_path, monkeypatch):
     assert Trace(tmp_path / "t.duckdb").n_sequences == 12
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("Query interrupted")])
+def test_ctrl_c_is_an_interrupted_run(tmp_path, error):
+    with pytest.raises(type(error)), Writer(tmp_path / "t.duckdb", RUN, LAYERS) as writer:
+        writer.append(make_block([0], [5]))
+        raise error
+    assert Trace(tmp_path / "t.duckdb").runs()["status"].tolist() == ["interrupted"]
+
+
+def test_why_nothing_can_be_written():
+    assert store._reason(duckdb.Error("IO Error: No space left on device.")).startswith("the disk is full (IO Error")
+    assert store._reason(duckdb.Error("Failed to commit (bad allocation)")).startswith("memory ran out (Failed to")
+
+
 def test_resume_equals_uninterrupted(tmp_path):
     blocks = [make_block([2 * i + 1, 2 * i], [4 + i, 3]) for i in range(6)]
     whole, parts = tmp_path / "whole.duckdb", tmp_path / "parts.duckdb"

@@ -222,7 +222,7 @@ def test_an_interrupt_while_duckdb_opens_the_file(path, monkeypatch, opened):
         raise RuntimeError("Query interrupted")
 
     monkeypatch.setattr(connection, "_check", interrupted)
-    with pytest.raises(KeyboardInterrupt), getattr(schema, opened)(path, wait=1):
+    with pytest.raises(KeyboardInterrupt), getattr(connection, opened)(path, wait=1):
         pass
 
 

@@ -20,13 +20,14 @@ def main() -> None:
     # transformers reads these when it is imported; the command has a progress bar and messages of its own
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from workbench.errors import InputError, RunError
+    from workbench.errors import InputError, RunError, interruptible
 
     try:
-        from workbench.cli import app
+        with interruptible():
+            from workbench.cli import app
 
-        app()
-    except KeyboardInterrupt:  # while the command starts; once it has begun it says what became of its work
+            app()
+    except KeyboardInterrupt:  # what is said of it was said
         sys.exit(130)
     except InputError as error:
         _fail(str(error), 2)

@@ -37,6 +37,8 @@ SLOTS = 256
 """Questions whose progress is kept apart: more than can wait at a time."""
 KEPT_BYTES = 256 * 2**20
 """Memory for answers that were given."""
+LEFT = -1
+"""In place of a question's progress: it was taken back."""
 Tell = Callable[[int], None]
 """Hears how far an answer is: the layers that were read, or the checks that were made."""
 
@@ -84,7 +86,7 @@ class Answer:
     @property
     def progress(self) -> tuple[int, int]:
         """Layers read so far, and all of them (0: not known). Some analyses read twice, and stay at all of them."""
-        return min(int(self.counter[self.slot]), self.n_layers), self.n_layers
+        return max(0, min(int(self.counter[self.slot]), self.n_layers)), self.n_layers
 
     @property
     def seconds(self) -> float:
@@ -156,7 +158,7 @@ class Workers:
                 self._counter[slot] = 0
                 if not self._pool.active:  # a process died at a moment at which it had no question
                     self._pool = self._begin()
-                future = self._pool.schedule(answer, args=[asked, partial(_tell, self._file, slot)])
+                future = self._pool.schedule(_unless_left, args=[asked, self._file, slot])
                 known = Answer(asked, future, self._counter, slot, n_layers)
             self._answers[asked] = known
             self._forget()
@@ -168,7 +170,7 @@ class Workers:
             known = self._answers.get(asked)
             if known is not None and not known.done and not known.future.running():
                 del self._answers[asked]
-                known.cancel()
+                self._counter[known.slot] = LEFT  # cancelled, it would end the process that comes to it
 
     def known(self, asked: Asked) -> Answer | None:
         """The answer to a question if it was asked, whatever became of it."""
@@ -252,6 +254,13 @@ def _watched(trace: Trace, tell: Tell) -> Trace:
     watched = _Watched.__new__(_Watched)
     watched.__dict__.update(trace.__dict__, tell=tell, seen=set())
     return watched
+
+
+def _unless_left(asked: Asked, file: Path, slot: int) -> pd.DataFrame:
+    """Answer a question in a worker, unless it was taken back before its turn came: then CancelledError."""
+    if np.memmap(file, np.int32, "r", shape=SLOTS)[slot] == LEFT:
+        raise CancelledError
+    return answer(asked, partial(_tell, file, slot))
 
 
 # No global of this file may be set in a worker: where this module is pickled by value, as nnsight has it done for what

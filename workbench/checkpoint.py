@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from workbench.errors import InputError, RunError
+from workbench.location import local_path
 from workbench.models import Model
 from workbench.output import new_folder
 
@@ -22,7 +23,7 @@ NOTE = "experts.json"
 
 def check_target(model: Model, out: str | os.PathLike, overwrite: bool = False) -> None:
     """InputError, before anything slow, if a checkpoint can't be written to `out`."""
-    out = Path(out)
+    out = local_path(out)
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists; choose another name, or replace it with --overwrite.")
     if out.exists() and Path(model.name).exists() and out.samefile(model.name):

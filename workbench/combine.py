@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from workbench import connection, folder, parts, schema
-from workbench.errors import InputError, RunError
+from workbench.errors import InputError, RunError, interruptible
 from workbench.folder import FORMAT_FILE, held
-from workbench.location import Url, located
+from workbench.location import Url, local_path, located
 from workbench.output import LOCK, new_file, new_folder
 from workbench.run_rows import SAME
 from workbench.tracefile import Trace
@@ -200,7 +200,7 @@ def _check_texts(con: duckdb.DuckDBPyConnection, name: str, run: Run) -> None:
 def working(path: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection, to our own trace at `path` or to none, that may read and write files: for our own SQL, until
     `attached` confines it."""
-    with connection.interruptible():
+    with interruptible():
         con = connection.in_memory()
         try:
             if path is not None:
@@ -216,6 +216,7 @@ def working(path: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
 @contextmanager
 def file_out(out: str | os.PathLike, overwrite: bool) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection to an empty trace, which gets the name `out` when the block ends well."""
+    out = local_path(out)
     with new_file(out, overwrite) as partial:
         try:
             try:

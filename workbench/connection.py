@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import duckdb
 
 from workbench import folder, schema
-from workbench.errors import InputError
+from workbench.errors import InputError, interruptible
 from workbench.location import Url, exists, is_folder, located
 from workbench.schema import first_line, quoted
 
@@ -44,8 +44,6 @@ _CONFINED: dict[str, Any] = {
     "allowed_configs": _CHANGING,
     "lock_configuration": "true",
 }
-_INTERRUPTED = "Query interrupted"
-"""What Ctrl-C while DuckDB works comes out of it as, in a RuntimeError."""
 _BUSY = re.compile(r"set lock on file|different configuration|already attached|unique file handle", re.IGNORECASE)
 
 
@@ -81,17 +79,6 @@ def writing(path: str | os.PathLike, *, wait: float) -> Iterator[duckdb.DuckDBPy
             yield con
         finally:
             con.close()
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C while DuckDB works is KeyboardInterrupt, as anywhere else."""
-    try:
-        yield
-    except RuntimeError as error:
-        if str(error) != _INTERRUPTED:
-            raise
-        raise KeyboardInterrupt from error
 
 
 def connect(path: str | os.PathLike, *, read_only: bool = True, wait: float = READ_WAIT) -> duckdb.DuckDBPyConnection:

@@ -53,7 +53,7 @@ def located(path: str | os.PathLike) -> Path | Url:
 def local_path(path: str | os.PathLike) -> Path:
     """The path, if it is on this machine; InputError for a URL."""
     there = located(path)
-    if isinstance(there, Url) or _COLLAPSED.match(str(there)):
+    if isinstance(there, Url) or (_COLLAPSED.match(str(there)) and not os.path.isdir(there.parts[0])):
         raise InputError(f"{path} is a URL; what is written here goes to this machine: give a path.")
     return there
 

@@ -20,7 +20,7 @@ import filelock
 
 from workbench import connection, schema
 from workbench.counts import Counts, CountsTransaction
-from workbench.errors import InputError, RunError
+from workbench.errors import InputError, RunError, interrupted
 from workbench.location import local_path
 from workbench.run_rows import check_same, layer_rows, now, run_row
 from workbench.schema import COUNTS, PHASES, RECORDABLE, UNKNOWN_TOKEN
@@ -71,7 +71,7 @@ class Writer:
     def __init__(
         self, path: str | os.PathLike, run: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], *, mode: str = "new"
     ):
-        self.path = Path(path)
+        self.path = local_path(path)
         self.mode = mode
         self.run = run_row(run)
         self.layers = layer_rows(self.run["run"], layers)
@@ -116,8 +116,8 @@ class Writer:
         """Texts of token ids; call it before the block in which they first occur. Ids that are known are skipped."""
         self._put(dict(texts), 0)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        status = "finished" if kind is None else "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        status = "finished" if kind is None else "interrupted" if interrupted(error) else "failed"
         try:
             with self._changed:
                 self._closing = True
@@ -279,8 +279,9 @@ class Writer:
 
 def _reason(error: Exception) -> str:
     why = schema.first_line(error).rstrip(".")
-    full = any(sign in str(error) for sign in ("No space left", "File too large", "Disk quota"))
-    return f"the disk is full ({why})" if full else why
+    if any(sign in str(error) for sign in ("No space left", "File too large", "Disk quota")):
+        return f"the disk is full ({why})"
+    return f"memory ran out ({why})" if "bad allocation" in str(error) else why
 
 
 def _wal(path: Path) -> Path:

@@ -42,10 +42,9 @@ def what_if() -> None:
         with lower:
             batch, keep = access()
         asked = panel.asking("cache", {"policies": POLICIES, "batch": batch, "keep": keep})
-        view.workers().ask(asked, view.whole().n_layers)  # begins while the model is asked how large it is
         with answers:
             described = sizes()
-            answer = described and panel.finished(asked, KEY)
+            answer = panel.finished(asked, KEY)
         if described is None or answer is None:
             return
         found = answer.table()
@@ -133,7 +132,7 @@ def sizes() -> Answer | None:
     """What the model says of itself, asked in the background; None while it isn't there."""
     facts = view.runs()[view.run()]
     revision = (("revision", facts["revision"]),) if facts["revision"] else ()
-    return panel.finished(Asked("describe", revision, model=str(facts["model"])), KEY)
+    return panel.finished(Asked("describe", revision, model=str(facts["model"])), f"{KEY}-size")
 
 
 def said(answer: Answer) -> tuple[float | None, float]:

@@ -191,7 +191,7 @@ def weights(trace: Trace, layer: int, expert: int) -> None:
         st.markdown(f"This loads the model {name} in a process of its own.")
         if not st.button("Compare the weights", icon=":material/compare:", key="experts_weights"):
             return
-    answer = panel.finished(asked, one_expert.MORE)
+    answer = panel.finished(asked, one_expert.MORE, stays=True)
     if answer is None:
         return
     frame = answer.table()

@@ -149,10 +149,11 @@ def answered(asked: Asked, question: Question, name: str) -> None:
         show(answer, question, name)
 
 
-def finished(asked: Asked, name: str) -> Answer | None:
+def finished(asked: Asked, name: str, *, stays: bool = False) -> Answer | None:
     """The answer where it is there; else None, and how far it is with a button that cancels is shown.
 
-    name  key of the fragment that calls this
+    name   of its widgets, unique on the page
+    stays  it was asked for by a click, and is answered even if nobody waits
     """
     workers = view.workers()
     answer = workers.known(asked)
@@ -168,7 +169,7 @@ def finished(asked: Asked, name: str) -> Answer | None:
     if answer.done and not answer.cancelled:  # another session may just have left the question
         return answer
     done, layers = answer.progress
-    with poll.waiting(name, lambda: answer.done, asked):
+    with poll.waiting(name, lambda: answer.done, None if stays else asked):
         text = f"layer {done} of {layers}" if layers and done else "starting"
         st.progress(done / layers if layers else 0.0, f"{answer.seconds:.0f} s: {text}", width="stretch")
         st.button("Cancel", key=f"cancel-{name}", icon=":material/close:", on_click=answer.cancel)

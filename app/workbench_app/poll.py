@@ -5,6 +5,7 @@ other's turns, and a callback that asks for some fragments only would swallow a 
 """
 
 import time
+import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -66,7 +67,9 @@ def begin() -> DeltaGenerator:
     Returns where the timer goes, which is the same place on every page: a tick that was sent as another page was opened
     is answered on the new one, and would be drawn where that has nothing.
     """
-    st.session_state["left"] = {wait.asked for wait in st.session_state.get("waiting", {}).values()}
+    waits = st.session_state.get("waiting", {}).values()
+    left = st.session_state.get("left", set())  # of drawings that were broken off
+    st.session_state["left"] = left | {wait.asked for wait in waits}
     st.session_state["waiting"] = {}
     return st.container(key="poll-slot")
 
@@ -74,12 +77,14 @@ def begin() -> DeltaGenerator:
 def end(slot: DeltaGenerator) -> None:
     """The page is drawn; the timer goes where `begin` said.
 
-    What was waited for before and isn't now, because this is another page, or about other texts, is not to keep what
-    is asked now waiting.
+    What was waited for before and isn't now, by any session, because this is another page, or about other texts, is not
+    to keep what is asked now waiting.
     """
     st.session_state["drawn"] = time.monotonic()
-    wanted = {wait.asked for wait in st.session_state["waiting"].values()}
-    for asked in st.session_state.pop("left") - wanted - {None}:
+    everybody = _wanted()
+    session = st.session_state.setdefault("session", uuid.uuid4().hex)
+    everybody[session] = {wait.asked for wait in st.session_state["waiting"].values()}
+    for asked in st.session_state.pop("left").difference({None}, *list(everybody.values())):
         view.workers().leave(asked)
     with slot:
         st.html(STYLE)
@@ -98,7 +103,15 @@ def waiting(name: str, ready: Callable[[], bool], asked: Asked | None = None) ->
 
 def done(name: str) -> None:
     """Says that it no longer waits."""
-    st.session_state["waiting"].pop(name, None)
+    wait = st.session_state["waiting"].pop(name, None)
+    if wait is not None:  # a fragment may go on to wait for something else
+        st.session_state.setdefault("left", set()).add(wait.asked)
+
+
+@st.cache_resource(show_spinner=False)
+def _wanted() -> dict[str, set[Asked | None]]:
+    """What each session waits for."""
+    return {}
 
 
 @st.fragment

@@ -1,9 +1,12 @@
 """The Structure page as a script: its tabs, of the trace and of the model."""
 
 import pytest
+import streamlit as st
 from pages import answered, begun, headings, opened, said
+from streamlit.testing.v1 import AppTest
 
 from workbench import background
+from workbench_app import view
 
 
 @pytest.mark.parametrize(
@@ -38,20 +41,57 @@ def test_what_takes_minutes_waits_to_be_told(monkeypatch, demo_trace):
     assert "isn't begun unasked" in said(page) and not page.dataframe
 
 
-def test_questions_of_a_page_that_was_left(monkeypatch, demo_trace):
-    """They are taken back when another page, or another part of the texts, is looked at: not those that go on."""
-    left: list[background.Asked] = []
+@pytest.fixture
+def left(monkeypatch, demo_trace) -> list[background.Asked]:
+    """The questions that are taken back, while none is ever answered."""
+    found: list[background.Asked] = []
     monkeypatch.setattr(background.Answer, "done", False)
-    monkeypatch.setattr(background.Workers, "leave", lambda _, asked: left.append(asked))
+    monkeypatch.setattr(background.Workers, "leave", lambda _, asked: found.append(asked))
     monkeypatch.setenv("WORKBENCH_TRACE", str(demo_trace))
+    return found
+
+
+def waited(page: AppTest) -> set[background.Asked]:
+    return {wait.asked for wait in page.session_state["waiting"].values()}
+
+
+def test_questions_that_nobody_waits_for_are_taken_back(left):
     page = begun("structure", structure_tab="Within a layer").run()
-    waited = {wait.asked for wait in page.session_state["waiting"].values()}
-    assert len(waited) == 2 and not page.run().exception and not left
+    first = waited(page)
+    assert len(first) == 2 and not page.run().exception and not left
     page.text_input("where").set_value("lang=de").run()
-    assert set(left) == waited and not page.exception
-    german = {wait.asked for wait in page.session_state["waiting"].values()}
+    assert set(left) == first and not page.exception
+    german = waited(page)
+    other = begun("structure", structure_tab="Within a layer", where="lang=de").run()
+    assert waited(other) == german
     page.switch_page("languages.py").run()
-    assert set(left) == waited | german and {one.where for one in german} == {"lang=de"}
+    assert set(left) == first and {one.where for one in german} == {"lang=de"}  # another session still waits
+    other.switch_page("languages.py").run()
+    assert set(left) == first | german
+
+
+def test_questions_are_taken_back_after_drawings_that_were_broken_off(left, monkeypatch):
+    page = begun("structure", structure_tab="Within a layer").run()
+    first = waited(page)
+    page.switch_page("compare.py").run()  # of one run: st.stop
+    original, times = view.sidebar, []
+
+    def sidebar() -> None:
+        original()
+        times.append(1)
+        if len(times) == 1:
+            st.rerun()
+
+    monkeypatch.setattr(view, "sidebar", sidebar)
+    page.switch_page("languages.py").run()
+    assert len(times) == 2 and first <= set(left)
+
+
+def test_the_simulation_is_taken_back_though_the_size_is_waited_for_too(left):
+    page = begun("consistency").run()
+    assert {one.name for one in waited(page)} == {"cache", "describe"}
+    page.switch_page("languages.py").run()
+    assert {one.name for one in left} == {"cache", "describe"}
 
 
 def test_without_a_trace(monkeypatch):

@@ -342,7 +342,8 @@ def _signalled(ground: Ground, place: Path, dice: random.Random, which: signal.S
     if code == 0 or (written and code == -which):
         outcome.moment = AFTER
     elif not killed and begun:
-        aftermath.clear(outcome, log, out, ("interrupted", "the same command"))
+        says = () if written else ("interrupted", "the same command")
+        aftermath.clear(outcome, log, None if written else out, says)
     aftermath.kept(outcome, out, log)
     aftermath.finish(ground, outcome, out, log, options, "--resume")
     return outcome

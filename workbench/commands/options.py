@@ -8,7 +8,7 @@ import typer
 
 from workbench.bundled import MODELS
 from workbench.errors import InputError
-from workbench.location import located
+from workbench.location import local_path, located
 
 File = Annotated[
     Path,
@@ -40,6 +40,7 @@ def check_output(path: Path | None, suffixes: Sequence[str], overwrite: bool) ->
     """InputError, before the work begins, if an output of one of these kinds can't be written to `path`."""
     if path is None:
         return
+    path = local_path(path)
     if path.suffix not in suffixes:
         raise InputError(f"{path}: can't tell the format from {path.suffix!r}; expected {', '.join(suffixes)}.")
     if path.exists() and not overwrite:

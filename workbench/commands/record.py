@@ -10,7 +10,7 @@ import typer
 
 from workbench.commands.edits import RecipeFile
 from workbench.commands.options import Demo, Device, Dtype, Overwrite, Revision, Trust, pair
-from workbench.errors import InputError, RunError
+from workbench.errors import InputError, RunError, interrupted
 from workbench.interventions import Replay
 from workbench.location import Url, exists, located
 from workbench.recipe import read_recipe
@@ -210,15 +210,15 @@ def trace(
             from workbench.models import load
 
             result = capture(load(model, **loading), sources, out, **asked)
-    except KeyboardInterrupt:
-        for which in handlers:  # a second one is not to swallow the message
-            signal.signal(which, signal.SIG_IGN)
-        again = _again(out, mode, began)
-        kept = "" if again is None else f"what {out} holds is whole; "
-        print(f"interrupted: {kept}{again or 'the same command'} finishes it", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except RunError as error:
-        again = None if "--resume" in str(error) else _again(out, mode, began)
+    except BaseException as error:
+        if interrupted(error):
+            for which in handlers:  # a second one is not to swallow the message
+                signal.signal(which, signal.SIG_IGN)
+            again = _again(out, mode, began)
+            kept = "" if again is None else f"what {out} holds is whole; "
+            print(f"interrupted: {kept}{again or 'the same command'} finishes it", file=sys.stderr)
+            raise typer.Exit(130) from None
+        again = None if not isinstance(error, RunError) or "--resume" in str(error) else _again(out, mode, began)
         if again is None:
             raise
         kept = f"What {out} holds is whole; {again} goes on from there."

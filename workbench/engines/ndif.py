@@ -98,8 +98,9 @@ def trace(
             f"the corpus has {n_texts:,} texts; expected at most {MOST_TEXTS}, since each is a request to machines "
             "that many share. Choose some, as with --max-tokens, or use --engine vllm on machines of your own."
         )
+    header = job.header | ({"revision": None} if elsewhere else {})  # NDIF's is not told
     traced, paths = wrapped(model), expert_paths(model)
-    with Writer(out, job.header, job.layers, mode=mode) as writer, progress_bar(job, progress) as bar:
+    with Writer(out, header, job.layers, mode=mode) as writer, progress_bar(job, progress) as bar:
         for sequence in job.texts():
             if sequence.seq not in writer.finished_sequences:
                 block = _block(traced, paths, sequence, remote)
