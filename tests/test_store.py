@@ -110,7 +110,8 @@ def test_arrays_come_back(data, tmp_path_factory):
     trace = from_arrays(path, experts, weights, n_experts=n_experts, seq=seq)
 
     assert trace.n_tokens == n and trace.n_layers == n_layers
-    assert problems(path) == []
+    empty = n > 0 and dropped.all(axis=(0, 2)).any()  # a layer without any choice is told, whyever that is
+    assert bool(problems(path)) == empty
     for layer in range(n_layers):
         expected = np.where(dropped[:, layer], NO_EXPERT, experts[:, layer].astype(np.uint16))
         np.testing.assert_array_equal(trace.experts(layer), expected)

@@ -191,6 +191,8 @@ def sequence_row(seq: int, n_tokens: int, record: Mapping[Any, Any]) -> dict[str
     """What a `Block` holds of a sequence, from its columns; those that a trace has no place for become metadata."""
     known = {name: record.get(name) for name in _COLUMNS}
     known = {name: None if value is not None and pd.isna(value) else value for name, value in known.items()}
+    for name in ("segment_id", "sha256"):
+        known[name] = None if known[name] == "" else known[name]  # rows without a text of their own aren't one text
     n_prompt = n_tokens if known["n_prompt"] is None else int(known["n_prompt"])
     if not 0 <= n_prompt <= n_tokens:
         raise InputError(f"sequence {seq}: n_prompt is {n_prompt}; it has {n_tokens} tokens.")

@@ -11,6 +11,7 @@ The interval covers 95% of bootstrap resamples of texts (translations and pieces
 are, shifted by the resampling bias: it says how sure the agreement is, not how stable the clusters are.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import pandas as pd
 from plotly.graph_objects import Figure
 from scipy import sparse
 from sklearn.cluster import AgglomerativeClustering, KMeans
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_mutual_info_score
 
 from workbench import figures
@@ -27,8 +29,8 @@ from workbench.errors import InputError, not_negative
 from workbench.tracefile import Trace
 from workbench_probes.features import Matrix, check
 from workbench_probes.groups import text_groups
-from workbench_probes.targets import Target, target
-from workbench_probes.task import matrices
+from workbench_probes.targets import OF_TOKENS, Target, target
+from workbench_probes.task import check_seed, matrices
 
 METHODS = ("kmeans", "agglomerative")
 
@@ -54,11 +56,12 @@ def clusters(
     max_rows    so many labelled sequences, drawn at random; None: all
     n_resamples of texts, for the interval
 
-    Returns one row a set of features × layer (missing: all together): by, features, layer, method, n_clusters, ami,
-    low, high (NaN for a single text), n_labels, n_sequences, n_groups (texts). InputError for one label, or fewer
-    sequences than clusters.
+    Returns one row a set of features × layer (missing: all together): by, features, layer, method, n_clusters (found:
+    k-means has no more than there are different rows), ami, low, high (NaN for a single text), n_labels, n_sequences,
+    n_groups (texts). InputError for one label, or fewer sequences than clusters.
     """
-    not_negative(seed=seed, n_resamples=n_resamples)
+    check_seed(seed)
+    not_negative(n_resamples=n_resamples)
     if method not in METHODS:
         raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}.")
     found = labelled(trace, by, max_rows, seed)
@@ -81,9 +84,10 @@ def clusters(
             for times in drawn.astype(np.int64)[:, text]
         ]
         low, high = text_interval(np.array(resampled), n_texts, np.array(ami))
+        n_found = len(np.unique(place))
         table.append(
             {
-                "by": by, "features": name, "layer": layer, "method": method, "n_clusters": wanted, "ami": ami,
+                "by": by, "features": name, "layer": layer, "method": method, "n_clusters": n_found, "ami": ami,
                 "low": float(low), "high": float(np.minimum(high, 1.0)), "n_labels": len(found.labels),
                 "n_sequences": len(found.row), "n_groups": n_texts,
             }
@@ -103,6 +107,10 @@ def labelled(trace: Trace, by: str, max_rows: int | None, seed: int) -> Target:
         raise trace.only_counts("rows of single tokens to cluster")
     if max_rows is not None and max_rows < 2:
         raise InputError(f"max_rows is {max_rows}; expected at least 2, or None for all.")
+    if by in ("token class", *OF_TOKENS) and by not in trace.sequences():
+        raise InputError(
+            f"{by!r} is a property of tokens; clusters and maps are of sequences: choose a column such as lang."
+        )
     found = target(trace, by, unit="sequence")
     if found.numeric:
         raise InputError(f"{by!r} is a number; compare clusters with a column of labels, such as lang or domain.")
@@ -114,10 +122,12 @@ def labelled(trace: Trace, by: str, max_rows: int | None, seed: int) -> Target:
 
 
 def assign(matrix: Matrix, n_clusters: int, method: str, seed: int) -> np.ndarray:
-    """Cluster of each row, int (n,)."""
+    """Cluster of each row, int (n,). K-means finds no more clusters than there are different rows."""
     starts: Any = 4  # the stubs know only "auto"
     if method == "kmeans":
-        return KMeans(n_clusters, n_init=starts, random_state=seed).fit_predict(rooted(matrix))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different rows than clusters
+            return KMeans(n_clusters, n_init=starts, random_state=seed).fit_predict(rooted(matrix))
     return AgglomerativeClustering(n_clusters).fit_predict(dense(rooted(matrix)))
 
 

@@ -2,9 +2,9 @@
 
 One linear probe reads all chosen layers side by side. Its coefficient of an expert is
 
-- of a **token's choices**: what choosing the expert adds to the log-odds of the label (balanced classes), all other
-  choices being equal;
-- of anything else: what one standard deviation more of the feature adds to them;
+- of a **token's choices**: what choosing the expert adds to the log-odds of the label (two classes), or to log p of the
+  label less the mean of log p over all classes (more), classes balanced and all other choices being equal;
+- of anything else: what one standard deviation more of the feature adds to it;
 - where **numbers** are predicted: what either adds to the number.
 
 A token has k choices in a layer, so the coefficients of a layer only mean something relative to each other: the penalty

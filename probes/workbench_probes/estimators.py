@@ -102,9 +102,10 @@ def best_strength(
 
 
 def scores(true: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
-    """float64 (3,): OF_CLASSES of codes in 0..n_classes-1; or, with n_classes 0, (2,): OF_NUMBERS."""
+    """float64 (3,): OF_CLASSES of codes in 0..n_classes-1; or, with n_classes 0, (2,): OF_NUMBERS,
+    NaN where all true numbers are equal."""
     if n_classes == 0:
-        spread = np.sum((true - true.mean()) ** 2)
+        spread = np.sum((true - true.mean()) ** 2) if np.ptp(true) > 0 else 0.0  # not what rounding makes of it
         r2 = 1 - np.sum((true - predicted) ** 2) / spread if spread > 0 else np.nan
         constant = np.ptp(predicted) == 0
         correlation = np.nan if spread == 0 else 0.0 if constant else np.corrcoef(true, predicted)[0, 1]

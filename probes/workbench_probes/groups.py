@@ -2,7 +2,8 @@
 
 Rows of one **text** stay together: the sequences that share a `segment_id` (translations and pieces of one text), a
 `sha256` (the same text twice, and pieces of one row), or the value of a further column, and whatever these links
-connect. A translation that is word for word the same as that of another segment joins the two.
+connect. Where a sequence has no `sha256`, as in a trace from arrays, equal token ids link as well. A translation that
+is word for word the same as that of another segment joins the two.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from workbench.analysis.counting import as_label, column
 from workbench.errors import InputError
+from workbench.schema import UNKNOWN_TOKEN
 from workbench.tracefile import Trace
 from workbench_probes.targets import Target
 
@@ -37,7 +39,16 @@ def text_groups(trace: Trace, group: str | None = None) -> np.ndarray:
     if group is not None:
         column(sequences, group)  # or an error that lists those there are
         keys.append(group)
-    return linked([sequences[key].map(as_label) for key in keys if key in sequences])
+    links = [sequences[key].map(as_label) for key in keys if key in sequences]
+    return linked([*links, _token_keys(trace)] if sequences["sha256"].isna().any() else links)
+
+
+def _token_keys(trace: Trace) -> pd.Series:
+    """A key that sequences of equal token ids share; None for a sequence without tokens, or with an unknown one."""
+    lengths = np.bincount(trace.sequence_index(), minlength=trace.n_sequences)
+    parts = np.split(trace.tokens()["token_id"].to_numpy(), np.cumsum(lengths)[:-1])
+    keys = [part.tobytes() if len(part) and (part != UNKNOWN_TOKEN).all() else None for part in parts]
+    return pd.Series(keys, dtype=object)
 
 
 def linked(keys: list[pd.Series]) -> np.ndarray:
@@ -67,8 +78,8 @@ def splits(found: Target, group: np.ndarray, folds: int, seed: int = 0) -> list[
     group  int (n,): the text of each row of the target
 
     StratifiedGroupKFold of scikit-learn for classes (texts in a random order), GroupKFold for numbers. InputError if
-    there is one class only, fewer texts than folds, or a class that is in fewer texts than there are folds: it would
-    be missing from a test.
+    there is one class only, fewer texts than folds, a class that is in fewer texts than there are folds (it would be
+    missing from a test), or a number that is the same in all rows of a test (it has no R²).
     """
     if folds < 2:
         raise InputError(f"folds is {folds}; expected at least 2: one to learn from and one to test on.")
@@ -89,6 +100,13 @@ def splits(found: Target, group: np.ndarray, folds: int, seed: int = 0) -> list[
         pairs = method.split(nothing, found.value, group)
     result = [Split(np.sort(train), np.sort(test)) for train, test in pairs]
     for split in result:
+        if found.numeric:
+            if np.ptp(found.value[split.test]) == 0:
+                raise InputError(
+                    f"{found.name!r} doesn't vary in a test of {len(split.test)} "
+                    f"{'row' if len(split.test) == 1 else 'rows'}, so nothing can be scored there; ask for fewer folds."
+                )
+            continue
         missing = set(range(len(found.labels))) - set(found.value[split.train].tolist())
         if missing or not len(split.test):
             name = found.labels[missing.pop()] if missing else "everything"

@@ -28,6 +28,7 @@ import pandas as pd
 from plotly.graph_objects import Figure
 
 from workbench import figures
+from workbench.analysis.parallel import average
 from workbench.errors import not_negative
 from workbench.tracefile import Trace
 from workbench_probes.estimators import (
@@ -44,6 +45,8 @@ from workbench_probes.task import Options, Task, matrices, prepare
 
 MAIN_SCORE = {True: "r2", False: "balanced_accuracy"}
 """What figures show: whether numbers are predicted -> the score."""
+ROUNDING = 1e-12
+"""Scores that are nearer to each other are the same."""
 
 
 def probe(
@@ -69,9 +72,10 @@ def probe(
 
     Returns one row a set of features × layer × score: target, unit, features, layer (missing: all layers together, and
     for tokens), score; value, low, high; chance, majority; control, selectivity, selectivity_low, selectivity_high (NaN
-    without controls); p (NaN without permutations); control_of; strength (median over folds); n_columns, n_classes (0
-    for numbers), n_rows, n_train and n_test (mean over folds), n_groups (texts), n_folds, n_controls, n_permutations,
-    n_left_out (rows of rare classes), n_unconverged fits (of the labels and the controls).
+    without controls, and where in some fold no control has a score); p (NaN without permutations); control_of; strength
+    (median over folds); n_columns, n_classes (0 for numbers), n_rows, n_train and n_test (mean over folds), n_groups
+    (texts), n_folds, n_controls, n_permutations, n_left_out (rows of rare classes), n_unconverged fits (of the labels
+    and the controls).
 
     InputError for what the trace doesn't have, one class only, and fewer texts than folds (of a class, too).
     """
@@ -87,8 +91,7 @@ def probe(
 
 def _rows(task: Task, name: str, layer: int | None, matrix: Matrix, controls: int, permutations: int) -> pd.DataFrame:
     """The rows of one set of features."""
-    value = task.found.value
-    labellings = [value, *map(task.control, range(controls)), *map(task.permuted, range(permutations))]
+    labellings = [task.found.value, *map(task.control, range(controls)), *map(task.permuted, range(permutations))]
     measured = np.full((len(task.splits), len(labellings), len(names_of(task.n_classes))), np.nan)
     strengths, unconverged = [], 0
     for fold, split in enumerate(task.splits):
@@ -99,8 +102,9 @@ def _rows(task: Task, name: str, layer: int | None, matrix: Matrix, controls: in
             unconverged += place <= controls and not fit.converged
             strengths += [fit.strength] if place == 0 else []
     permuted = measured[:, 1 + controls :].mean(axis=0)  # (n_permutations, n_scores)
-    as_good = (permuted >= measured[:, 0].mean(axis=0)).sum(axis=0)
-    p = (1 + as_good) / (1 + permutations) if permutations else np.full(measured.shape[2], np.nan)
+    value = measured[:, 0].mean(axis=0)
+    as_good = (~(permuted < value - ROUNDING)).sum(axis=0)  # one without a score (NaN) counts, too
+    p = np.where(np.isnan(value) | (permutations == 0), np.nan, (1 + as_good) / (1 + permutations))
     table = _table(task, name, layer, shape_of(matrix)[1], measured[:, : 1 + controls])
     table.insert(list(table.columns).index("control_of"), "p", p)
     return table.assign(strength=float(np.median(strengths)), n_permutations=permutations, n_unconverged=unconverged)
@@ -118,8 +122,7 @@ def _table(task: Task, name: str, layer: int | None, n_columns: int, measured: n
     n_train = float(np.mean([len(split.train) for split in task.splits]))
     n_test = float(np.mean([len(split.test) for split in task.splits]))
     low, high = bounded(*fold_interval(measured[:, 0], n_test / n_train), n_classes)
-    controlled = measured.shape[1] > 1
-    control = measured[:, 1:].mean(axis=1) if controlled else np.full_like(measured[:, 0], np.nan)
+    control = average(np.swapaxes(measured[:, 1:], 0, 1))  # of those that have a score: one may be constant in a test
     apart = measured[:, 0] - control
     apart_low, apart_high = fold_interval(apart, n_test / n_train)
     majority = np.mean([baseline(value[one.train], value[one.test], n_classes) for one in task.splits], axis=0)

@@ -17,11 +17,11 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from workbench import figures
-from workbench.errors import InputError, not_negative
+from workbench.errors import InputError
 from workbench.tracefile import Trace
 from workbench_probes.clusters import dense, labelled, rooted, without_hidden
 from workbench_probes.features import check
-from workbench_probes.task import matrices
+from workbench_probes.task import check_seed, matrices
 
 METHODS = ("tsne", "umap")
 COMPONENTS = 50
@@ -54,7 +54,7 @@ def sequence_map(
     Returns one row a sequence: seq, x, y, by, label, lang, domain, source, n_tokens, features, method. The same seed
     gives the same map on the same machine. InputError for fewer than 4 sequences, if all are alike, or without UMAP.
     """
-    not_negative(seed=seed)
+    check_seed(seed)
     if method not in METHODS:
         raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}.")
     if method == "umap" and find_spec("umap") is None:

@@ -2,7 +2,8 @@
 
 - a **column of the sequences** (`lang`, `domain`, `source`, any metadata); its value belongs to every token of the text
 - `token_class`: the kinds of `workbench.token_classes`, from the token's own text, and `keyword`: a reserved word of
-  the language of a text whose domain is `code-<language>`
+  the language of a text whose domain is `code-<language>`. A trace doesn't mark special tokens, so `<s>` counts as what
+  its text looks like, mostly a word part
 - `position`: the buckets of `workbench.analysis.counting.POSITIONS`; `phase`
 - `loss`: nats that the model loses on the **next** token, which the router couldn't see; of a sequence their mean
 
@@ -69,8 +70,8 @@ def target(trace: Trace, name: str, *, unit: str | None = None, classes: int | N
 
     InputError for a name that the trace doesn't have, a unit that the target hasn't, and where nothing is known.
     """
-    name = name.replace("token class", "token_class")
     sequences = trace.sequences()
+    name = "token_class" if name == "token class" and name not in sequences.columns else name
     of_tokens = name in OF_TOKENS and name not in sequences.columns
     if unit is None:
         unit = "token" if of_tokens or (name == LOSS and name not in sequences.columns) else "sequence"
@@ -148,7 +149,9 @@ def _token_classes(trace: Trace, sequences: pd.DataFrame) -> tuple[np.ndarray, l
 
 
 def quantile_classes(found: Target, classes: int) -> Target:
-    """Numbers as classes of about equal size; a class's name is its range. Ties stay together.
+    """Numbers as classes of about equal size. Ties stay together.
+
+    A class's name is its range, in 4 digits, or in as many as it takes to tell the ranges apart.
 
     InputError where so many values are equal that fewer classes than asked for are left.
     """
@@ -156,6 +159,7 @@ def quantile_classes(found: Target, classes: int) -> Target:
     code = np.searchsorted(edges, found.value, side="left")
     if len(np.unique(code)) < classes:
         raise InputError(f"{found.name!r} has too many equal values for {classes} classes; ask for fewer.")
-    ends = [f"{edge:.4g}" for edge in edges]
+    written = ([f"{edge:.{digits}g}" for edge in edges] for digits in range(4, 18))
+    ends = next(ends for ends in written if len(set(ends)) == len(ends))
     labels = [f"≤ {ends[0]}", *(f"{low}–{high}" for low, high in zip(ends, ends[1:], strict=False)), f"> {ends[-1]}"]
     return Target(found.name, found.unit, found.row, code.astype(np.int64), labels)

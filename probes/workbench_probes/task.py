@@ -16,6 +16,11 @@ from workbench_probes.features import OF_LAYERS, Matrix, rows_of
 from workbench_probes.groups import Split, splits, text_groups, without_rare
 from workbench_probes.targets import Target, target
 
+SEEDS = 2**32
+"""What scikit-learn takes: seeds below this."""
+LEAST_STRENGTH = 1e-30
+"""The inverse of anything much smaller overflows in ridge regression, where features are float32."""
+
 
 class Options(TypedDict, total=False):
     """What all probes may be given by keyword; the defaults are those of `prepare`.
@@ -84,6 +89,13 @@ class Task:
         return learn(features, self.found.unit, x, labels[rows], self.group[rows], self.strengths)
 
 
+def check_seed(seed: int) -> None:
+    """InputError for a seed below 0, or too large."""
+    not_negative(seed=seed)
+    if seed >= SEEDS:
+        raise InputError(f"seed is {seed:,}; expected less than {SEEDS:,}.")
+
+
 def prepare(
     trace: Trace,
     name: str,
@@ -101,10 +113,10 @@ def prepare(
 
     InputError for what the trace doesn't have, one class only, and fewer texts than folds (of a class, too).
     """
-    not_negative(seed=seed)
+    check_seed(seed)
     strengths = tuple(sorted({*(strength if isinstance(strength, Sequence) else [strength])}))
-    if not strengths or not all(np.isfinite(one) and one > 0 for one in strengths):
-        raise InputError(f"strength is {strength}; expected a number above 0, such as 1, or several.")
+    if not strengths or not all(np.isfinite(one) and one >= LEAST_STRENGTH for one in strengths):
+        raise InputError(f"strength is {strength}; expected a number above 0 (from 1e-30 on), such as 1, or several.")
     if max_rows is not None and max_rows < 2:
         raise InputError(f"max_rows is {max_rows}; expected at least 2, or None for all.")
     if trace.counted:
@@ -124,6 +136,11 @@ def prepare(
         if not kept.any():
             raise InputError(f"every class of {name!r} is in fewer than {folds} texts; ask for fewer folds.")
         found, sequence, texts = found.only(kept), sequence[kept], texts[kept]
+        if len(found.labels) == 1 and not kept.all():
+            raise InputError(
+                f"{name!r} is {found.labels[0]!r} everywhere once rare classes are left out; a probe needs two classes "
+                "to tell apart. Ask for fewer folds."
+            )
     kind, control_of = texts, "text"
     if by_token:
         token_id = trace.tokens()["token_id"].to_numpy()[found.row]

@@ -179,6 +179,19 @@ def test_u_shape(tmp_path, spread, shape):
     analysis.find("u_shape")[1](frame)
 
 
+def test_a_single_text_has_no_shape(tmp_path):
+    random = np.random.default_rng(6)
+    profiles = [random.dirichlet(np.ones(8), 3) for _ in range(3)]
+    trace = with_profiles(tmp_path / "t.duckdb", profiles, translated(1, ("en", "de", "fr")), [3] * 3)
+    frame = analysis.u_shape(trace, **QUICK)
+    assert (frame["n_texts"] == 1).all() and (frame["shape"] == "none").all()
+    assert frame.filter(regex="_(low|high)$").isna().all(axis=None) and frame["first_minus_middle"].notna().all()
+    said = analysis.file("u_shape").findings(frame)[0]
+    assert said.startswith("There is no clear U-shape (mean divergence of each third") and "nan" not in said
+    assert "; " not in said and "0 of 2 languages" in said
+    analysis.find("u_shape")[1](frame)
+
+
 def test_many_languages_get_a_panel_each(tmp_path):
     random = np.random.default_rng(0)
     languages = ("en", *(f"l{number}" for number in range(12)))

@@ -40,6 +40,15 @@ def test_clusters(trace: Trace, method: str):
     assert "AMI 1.00" in findings(frame)[0]
 
 
+def test_fewer_routings_than_labels(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    rows = pd.DataFrame({"lang": ["de", "en", "fr"] * 4})
+    experts = (np.arange(12) % 2)[:, None, None]
+    two = full_trace(tmp_path / "t.duckdb", experts, n_experts=2, seq=range(12), sequences=rows)
+    row = clusters(two, n_resamples=5).iloc[0]
+    assert (row["n_clusters"], row["n_labels"]) == (2, 3)
+    assert not [one for one in recwarn if "distinct clusters" in str(one.message)]
+
+
 def test_distances_are_hellingers():
     shares = np.random.default_rng(0).dirichlet(np.ones(5), 6).astype(np.float32)
     expected = np.sqrt(((np.sqrt(shares[:, None]) - np.sqrt(shares[None])) ** 2).sum(-1))
@@ -80,7 +89,11 @@ def test_small_and_wrong(trace: Trace, tmp_path: Path):
         (clusters, {"n_clusters": 61}, "61 clusters of 60 sequences"),
         (clusters, {"features": ["hidden"]}, "no shares of anything"),
         (clusters, {"by": "loss"}, "is a number"),
+        (clusters, {"by": "token_class"}, "'token_class' is a property of tokens; clusters and maps are of sequences"),
+        (sequence_map, {"by": "phase"}, "choose a column such as lang"),
         (clusters, {"max_rows": 1}, "max_rows is 1"),
+        (clusters, {"seed": 2**32}, "seed is 4,294,967,296; expected less than 4,294,967,296"),
+        (sequence_map, {"seed": 2**32}, "expected less than 4,294,967,296"),
         (sequence_map, {"method": "pca"}, "method is 'pca'"),
         (sequence_map, {"features": "hidden"}, "no shares of anything"),
         (sequence_map, {"max_rows": 3}, "a map takes at least 4|everywhere"),

@@ -47,6 +47,10 @@ def test_scores_of_numbers_are_those_of_scikit_learn(rows: list[tuple[int, int]]
     assert correlation == pytest.approx(0 if np.ptp(predicted) == 0 else stats.pearsonr(true, predicted)[0])
 
 
+def test_equal_numbers_have_no_score():
+    assert np.isnan(scores(np.full(3, 0.1), np.array([0.1, 0.2, 0.3]), 0)).all()  # their mean isn't 0.1
+
+
 def test_chance_is_what_guessing_scores():
     random = np.random.default_rng(0)
     true = random.choice(3, 200_000, p=[0.6, 0.3, 0.1])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from routed import full_trace
 
+from workbench.arrays import from_arrays
 from workbench.errors import InputError
 from workbench_probes.groups import linked, splits, text_groups, without_rare
 from workbench_probes.targets import Target
@@ -60,6 +61,29 @@ def test_translations_copies_and_a_column_stay_together(tmp_path: Path):
         text_groups(trace, "topic")
 
 
+def test_equal_texts_stay_together_without_a_hash(tmp_path: Path):
+    """A trace from arrays has no sha256. Empty sequences, and those of unknown tokens, are equal to nothing."""
+    ids = [[5, 6], [7], [5, 6], [6, 5], [7, -1], [7, -1], [], [], [7]]
+    seq = np.repeat(np.arange(len(ids)), [len(one) for one in ids])
+    token_ids = np.concatenate(ids).astype(int)
+    experts = np.zeros((len(seq), 1, 1), int)
+    given = {"n_experts": 1, "seq": seq, "sequences": pd.DataFrame({"lang": ["de"] * len(ids)})}
+    trace = from_arrays(tmp_path / "t.duckdb", experts, token_ids=token_ids, **given)
+    assert text_groups(trace).tolist() == [0, 1, 0, 2, 3, 4, 5, 6, 1]
+    unknown = from_arrays(tmp_path / "u.duckdb", experts, **given)
+    assert text_groups(unknown).tolist() == list(range(len(ids)))
+
+
+def test_rows_without_a_text_of_their_own_are_not_one_text(tmp_path: Path):
+    rows = pd.DataFrame({"segment_id": ["", "", "a", "a"], "sha256": ["x", "", "", "x"]})
+    trace = from_arrays(tmp_path / "t.duckdb", np.zeros((4, 1, 1), int), n_experts=1, seq=range(4), sequences=rows)
+    assert trace.sequences()["segment_id"].isna().tolist() == [True, True, False, False]
+    assert text_groups(trace).tolist() == [0, 1, 0, 0]
+    rows = pd.DataFrame({"segment_id": [0, 1]})
+    trace = from_arrays(tmp_path / "u.duckdb", np.zeros((2, 1, 1), int), n_experts=1, seq=range(2), sequences=rows)
+    assert trace.sequences()["segment_id"].tolist() == ["0", "1"]
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 8), st.integers(0, 2)), min_size=30, max_size=60),
     st.integers(2, 3),
@@ -94,6 +118,16 @@ def test_numbers_are_split_by_text_too():
         assert not set(group[part.train]) & set(group[part.test])
     with pytest.raises(InputError, match="is 1 everywhere"):
         splits(Target("loss", "token", np.arange(18), np.ones(18), []), group, 3)
+
+
+def test_a_number_varies_in_every_test():
+    number = Target("score", "sequence", np.arange(6), np.arange(6.0), [])
+    assert len(splits(number, np.arange(6), 3)) == 3
+    with pytest.raises(InputError, match="'score' doesn't vary in a test of 1 row, .* ask for fewer folds"):
+        splits(number, np.arange(6), 5)
+    half = Target("score", "token", np.arange(6), np.array([1.0, 1, 1, 2, 3, 4]), [])
+    with pytest.raises(InputError, match="doesn't vary in a test of 3 rows"):
+        splits(half, np.array([0, 0, 0, 1, 1, 1]), 2)
 
 
 def test_too_little_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +203,47 @@ def test_rare_classes(tmp_path: Path):
         probe(trace, "topic", features=["choices"], drop_rare=True, folds=10)
 
 
+def test_one_class_is_left_of_rare_ones(tmp_path: Path):
+    rows = pd.DataFrame({"topic": ["x"] * 9 + ["y"]})
+    trace = full_trace(tmp_path / "t.duckdb", np.zeros((10, 1, 1), int), n_experts=1, seq=range(10), sequences=rows)
+    with pytest.raises(InputError, match="'topic' is 'x' everywhere once rare classes are left out"):
+        probe(trace, "topic", drop_rare=True)
+
+
+def numbers_of_texts(path: Path) -> Trace:
+    """22 texts of one token, each with a number of its own, and routing that knows none of it."""
+    random = np.random.default_rng(0)
+    rows = pd.DataFrame({"score": random.normal(size=22)})
+    experts = random.integers(0, 3, (22, 1, 1))
+    return full_trace(path, experts, n_experts=3, seq=range(22), sequences=rows)
+
+
+def test_folds_of_one_number_are_refused(tmp_path: Path):
+    trace = numbers_of_texts(tmp_path / "t.duckdb")
+    with pytest.raises(InputError, match="'score' doesn't vary in a test of 1 row"):
+        probe(trace, "score", features=["choices"], folds=12)
+    found = probe(trace, "score", features=["choices"], folds=11, controls=0, permutations=3)
+    assert found["value"].notna().all() and found["p"].notna().all() and findings(found)
+
+
+@pytest.mark.parametrize(("score", "p"), [(np.nan, 1), (1 - 1e-15, 1), (0.9, 0.25)])
+def test_ties_and_permutations_without_a_score_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score: float, p: float
+):
+    scored = cycle([1, score, score, score])  # of each fold: the labels, then 3 permutations
+    monkeypatch.setattr("workbench_probes.estimators.scores", lambda *_: np.zeros(2))  # of the baseline
+    monkeypatch.setattr(import_module("workbench_probes.probe"), "scores", lambda *_: np.full(2, next(scored)))
+    trace = numbers_of_texts(tmp_path / "t.duckdb")
+    found = probe(trace, "score", features=["choices"], controls=0, permutations=3)
+    assert found["p"].tolist() == [p, p]
+
+
+def test_controls_that_are_constant_in_a_test_are_left_out(tmp_path: Path):
+    trace = numbers_of_texts(tmp_path / "t.duckdb")
+    found = probe(trace, "score", features=["choices"], folds=11, controls=30)
+    assert found["control"].notna().all() and found["selectivity_low"].notna().all()
+
+
 def test_a_group_of_sources_leaves_too_few_folds(trace: Trace):
     with pytest.raises(InputError, match="3 texts .* too few for 5 folds"):
         probe(trace, "lang", group="source")
@@ -214,7 +257,10 @@ def test_wrong_options(trace: Trace):
         ({"strength": [1, float("nan")]}, "strength is"),
         ({"permutations": -1}, "permutations is -1"),
         ({"controls": -1}, "controls is -1"),
+        ({"strength": 1e-320}, "strength is 1e-320; expected a number above 0"),
+        ({"strength": 1e-37}, r"expected a number above 0 \(from 1e-30 on\)"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4,294,967,296; expected less than 4,294,967,296"),
         ({"max_rows": 1}, "max_rows is 1"),
         ({"features": ["hiden"]}, "no features 'hiden'"),
         ({"layers": [7]}, "layer 7"),

@@ -81,6 +81,20 @@ def test_quantile_classes_keep_the_order_and_are_even(values: list[int], classes
     assert len(found.labels) == classes and sizes.max() - sizes.min() <= 1 + (len(values) % classes > 0)
 
 
+def test_names_of_quantile_classes_differ():
+    times = 1_700_000_000.0 + 7 * np.arange(40)
+    found = quantile_classes(Target("time", "sequence", np.arange(40), times, []), 4)
+    assert len(set(found.labels)) == 4 and found.labels[0] == "≤ 1.70000007e+09"
+    near = 1 + np.arange(8) * 2.0**-52
+    assert len(set(quantile_classes(Target("x", "sequence", np.arange(8), near, []), 4).labels)) == 4
+
+
+def test_only_the_whole_name_is_token_class(tmp_path: Path):
+    rows = pd.DataFrame({"my token class": ["x", "y"]})
+    made = full_trace(tmp_path / "t.duckdb", np.zeros((2, 1, 1), int), n_experts=1, seq=[0, 1], sequences=rows)
+    assert named(target(made, "my token class")) == ["x", "y"]
+
+
 def test_what_cant_be_predicted(trace: Trace, tmp_path: Path):
     for wanted, options, said in [
         ("topic", {}, "no 'topic'.*token_class and loss"),

@@ -6,7 +6,8 @@ differences of the mean divergence (see alignment) of a third from that of the m
 - **U**: both are above 0 with 95% confidence. This shape is reported for large multilingual models.
 - **inverted U**: both below 0. **falling**, **rising**: one above, one below. **none**: anything else.
 
-The intervals cover 95% of bootstrap resamples of texts, all layers and languages of a text drawn together.
+The intervals cover 95% of bootstrap resamples of texts, all layers and languages of a text drawn together. A single
+text has none, and its shape is **none**.
 
 Source: the shape by Bandarkar et al. 2025 (as in alignment); thirds, intervals and names of shapes are ours.
 """
@@ -26,7 +27,7 @@ from workbench.analysis.parallel import (
     resample,
     text_profiles,
 )
-from workbench.analysis.resampling import interval
+from workbench.analysis.resampling import text_interval
 from workbench.errors import InputError
 from workbench.tracefile import Trace
 
@@ -43,9 +44,9 @@ def u_shape(
     """Whether the divergence is lower in the middle third of the layers than at both ends.
 
     Arguments as for `alignment`. Returns one row a language, and "all": measure, reference, lang; first, middle, last
-    (mean divergence of each third); first_minus_middle and last_minus_middle, each with _low and _high; shape: "U"
-    (both ends above the middle with 95% confidence), "inverted U" (both below), "falling" or "rising" (one above, one
-    below), "none" otherwise; n_texts. Fewer than three layers have no middle: InputError.
+    (mean divergence of each third); first_minus_middle and last_minus_middle, each with _low and _high (NaN for a
+    single text); shape: "U" (both ends above the middle with 95% confidence), "inverted U" (both below), "falling" or
+    "rising" (one above, one below), "none" otherwise; n_texts. Fewer than three layers have no middle: InputError.
     """
     measure = choose_measure(trace, measure)
     if trace.n_layers < 3:
@@ -58,7 +59,7 @@ def u_shape(
     parts = [average(part) for part in (values[:third], values[third:-third], values[-third:])]
     point = [means(part, np.ones((1, len(part)), np.float32))[0] for part in parts]
     first, middle, last = (resample(part, n_resamples, seed) for part in parts)
-    n_texts = np.isfinite(parts[1]).sum(axis=0)
+    n_texts = np.append(np.isfinite(parts[1]).sum(axis=0), np.isfinite(parts[1]).any(axis=1).sum())
     frame = pd.DataFrame(
         {
             "measure": measure,
@@ -71,9 +72,10 @@ def u_shape(
     )
     for name, end, value in (("first", first, point[0]), ("last", last, point[2])):
         frame[f"{name}_minus_middle"] = value - point[1]
-        frame[f"{name}_minus_middle_low"], frame[f"{name}_minus_middle_high"] = interval(end - middle)
+        low, high = text_interval(end - middle, n_texts)
+        frame[f"{name}_minus_middle_low"], frame[f"{name}_minus_middle_high"] = low, high
     frame["shape"] = [shape_of(row) for _, row in frame.iterrows()]
-    frame["n_texts"] = np.append(n_texts, np.isfinite(parts[1]).any(axis=1).sum())
+    frame["n_texts"] = n_texts
     return frame
 
 
@@ -116,9 +118,11 @@ def findings(frame: pd.DataFrame) -> list[str]:
     ends = [
         f"{end} − middle [{row[f'{end}_minus_middle_low']:+.3f}, {row[f'{end}_minus_middle_high']:+.3f}]"
         for end in ("first", "last")
+        if pd.notna(row[f"{end}_minus_middle_low"])
     ]
+    said = "; " + ", ".join(ends).replace("-", "−") if ends else ""
     alone = f"{count} of {len(frame) - 1} languages show a U on their own."
     return [
         f"{meaning} (mean divergence of each third of the layers: {row['first']:.3f}, {row['middle']:.3f}, "
-        f"{row['last']:.3f}; {', '.join(ends).replace('-', '−')}). {alone}"
+        f"{row['last']:.3f}{said}). {alone}"
     ]
