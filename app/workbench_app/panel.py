@@ -25,6 +25,8 @@ from workbench_app import messages, poll, view
 
 MOST_ROWS = 5_000
 """Rows of a table that the page shows; all can be downloaded."""
+BEGINNING = {"describe": "asking the model how large it is"}
+"""What is said of a question that has no layer yet, if not that it starts."""
 AT_ONCE = 0.1
 """Seconds to wait for an answer before its progress is shown."""
 
@@ -170,7 +172,7 @@ def finished(asked: Asked, name: str, *, stays: bool = False) -> Answer | None:
         return answer
     done, layers = answer.progress
     with poll.waiting(name, lambda: answer.done, None if stays else asked):
-        text = f"layer {done} of {layers}" if layers and done else "starting"
+        text = f"layer {done} of {layers}" if layers and done else BEGINNING.get(asked.name, "starting")
         st.progress(done / layers if layers else 0.0, f"{answer.seconds:.0f} s: {text}", width="stretch")
         st.button("Cancel", key=f"cancel-{name}", icon=":material/close:", on_click=answer.cancel)
     return None
