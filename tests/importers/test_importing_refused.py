@@ -83,7 +83,8 @@ def test_types_that_are_too_small(tmp_path: Path, kind: Any, n_experts: int):
 def test_the_largest_id_that_fits_is_taken(tmp_path: Path):
     array = changed(lambda _: None, np.uint8)
     array[0, 0] = [255, 0, 1, 2]
-    import_routing("vllm", saved(tmp_path, array), tmp_path / "t.duckdb", model="m", n_experts=256)
+    trace = import_routing("vllm", saved(tmp_path, array), tmp_path / "t.duckdb", model="m", n_experts=256)
+    assert trace.experts(0)[0].tolist() == [255, 0, 1, 2]
 
 
 def test_top_1_of_nothing_but_zeros(tmp_path: Path):
