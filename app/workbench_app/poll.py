@@ -38,10 +38,11 @@ export default function ({ data, setTriggerValue }) {
   answered.observe(app, { attributes: true, attributeFilter: ["data-test-script-state"] });
   const timer = setInterval(() => {
     const waiting = document.querySelector('[class*="st-key-waiting-"]');
+    const again = document.querySelector(".st-key-poll-again button"); // its code may be loaded after ours
     // A tick would break off the drawing that the one before it asked for, on a server that is slow to begin it.
-    if (!waiting || !idle() || leaving() || Date.now() - asked < 5000) return;
+    if (!waiting || !again || !idle() || leaving() || Date.now() - asked < 5000) return;
     asked = Date.now();
-    if (data.due) document.querySelector(".st-key-poll-again button").click();
+    if (data.due) again.click();
     else setTriggerValue("tick", asked);
   }, 300);
   return stop = () => { clearInterval(timer); answered.disconnect(); };
@@ -67,9 +68,6 @@ def begin() -> DeltaGenerator:
     Returns where the timer goes, which is the same place on every page: a tick that was sent as another page was opened
     is answered on the new one, and would be drawn where that has nothing.
     """
-    waits = st.session_state.get("waiting", {}).values()
-    left = st.session_state.get("left", set())  # of drawings that were broken off
-    st.session_state["left"] = left | {wait.asked for wait in waits}
     st.session_state["waiting"] = {}
     return st.container(key="poll-slot")
 
@@ -77,14 +75,13 @@ def begin() -> DeltaGenerator:
 def end(slot: DeltaGenerator) -> None:
     """The page is drawn; the timer goes where `begin` said.
 
-    What was waited for before and isn't now, by any session, because this is another page, or about other texts, is not
-    to keep what is asked now waiting.
+    What was waited for since the last page was drawn and isn't now, by any session, because this is another page, or
+    about other texts, is not to keep what is asked now waiting.
     """
     st.session_state["drawn"] = time.monotonic()
-    everybody = _wanted()
-    session = st.session_state.setdefault("session", uuid.uuid4().hex)
-    everybody[session] = {wait.asked for wait in st.session_state["waiting"].values()}
-    for asked in st.session_state.pop("left").difference({None}, *list(everybody.values())):
+    wanted, before = _wanted(), _mine()
+    wanted[_session()] = {wait.asked for wait in st.session_state["waiting"].values() if wait.asked is not None}
+    for asked in before.difference(*list(wanted.values())):
         view.workers().leave(asked)
     with slot:
         st.html(STYLE)
@@ -98,20 +95,28 @@ def waiting(name: str, ready: Callable[[], bool], asked: Asked | None = None) ->
     Returns a container for what it shows meanwhile. Something has to be in it: the timer looks for it on the page.
     """
     st.session_state["waiting"][name] = Wait(ready, asked)
+    if asked is not None:
+        _mine().add(asked)
     return st.container(key=f"waiting-{name}", horizontal=True, vertical_alignment="center")
 
 
 def done(name: str) -> None:
     """Says that it no longer waits."""
-    wait = st.session_state["waiting"].pop(name, None)
-    if wait is not None:  # a fragment may go on to wait for something else
-        st.session_state.setdefault("left", set()).add(wait.asked)
+    st.session_state["waiting"].pop(name, None)
 
 
 @st.cache_resource(show_spinner=False)
-def _wanted() -> dict[str, set[Asked | None]]:
-    """What each session waits for."""
+def _wanted() -> dict[str, set[Asked]]:
+    """What each session waits for, or has waited for since its page was last drawn to the end."""
     return {}
+
+
+def _mine() -> set[Asked]:
+    return _wanted().setdefault(_session(), set())
+
+
+def _session() -> str:
+    return st.session_state.setdefault("session", uuid.uuid4().hex)
 
 
 @st.fragment
